@@ -1,0 +1,813 @@
+"""LLM2Vec in one file: a decoder-only language model becomes a text encoder.
+
+The method (BehnamGhader et al. 2024, arXiv 2404.05961) has three steps. Read this file top to
+bottom and you have met all of them:
+
+    Config             what config.json says of a Llama or Mistral checkpoint
+    attention_mask     who may look at whom; step 1 is its argument `is_causal`
+    Decoder            RMSNorm, rotary positions, grouped-query attention, SwiGLU
+    from_pretrained    safetensors into those modules, tensor by tensor
+    tokens             text to token ids, and which of them a text's vector averages
+    pool               hidden states of a text to one vector
+    mntp_loss          step 2: masked next-token prediction
+    contrastive_loss   step 3: contrastive learning (SimCSE)
+    LLM2Vec            all of it as an encoder: texts in, vectors out
+
+What is notable here: modules carry the names of Hugging Face checkpoints, so that loading needs no
+table of names; every kind of attention is one boolean mask made by one function; there is no cache
+of keys and values, because an encoder reads each text once.
+
+Shapes: B batch, T tokens, d width, H heads, K key/value heads, D head width, V vocabulary, N texts.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# --- Config ------------------------------------------------------------------------------------
+# Field names are those of config.json. What this decoder can't compute is refused by name, never
+# ignored: a checkpoint that loads is a checkpoint that gives the right numbers.
+
+
+@dataclass
+class Config:
+    """Shape and constants of a Llama or Mistral model, as transformers' config.json names them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    model_type: str = "llama"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or {"rope_type": "linear" | "llama3", "factor": ...}
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    is_causal: bool = True  # step 1 of LLM2Vec sets this to False
+    attention_dropout: float = 0.0  # on the attention weights, in training only
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Config":
+        """Read `folder`/config.json. Raises FileNotFoundError without one, ValueError by field."""
+        file = _existing(Path(folder) / "config.json", "a Hugging Face checkpoint folder has one")
+        raw = _read_json(file)
+        if raw.get("model_type") not in ("llama", "mistral"):
+            kind = raw.get("model_type")
+            raise ValueError(f"{file}: model_type {kind!r} is not supported: llama or mistral")
+        for key, expected in {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+        }.items():
+            if raw.get(key, expected) != expected:
+                raise ValueError(f"{file}: {key} {raw[key]!r} is not supported: {expected!r}")
+        # A key left out, or null, means transformers' default. The newer `rope_parameters` holds
+        # what used to be `rope_scaling` and `rope_theta`.
+        given = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{file}: the rope settings are {rope!r}, expected an object")
+        given["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+        given["rope_scaling"] = _rope_scaling(rope, file)
+        if raw["model_type"] == "llama":
+            given.pop("sliding_window", None)
+        elif "sliding_window" not in raw:
+            given["sliding_window"] = 4096
+        _check_sizes(given, file)
+        return cls(**given)
+
+
+def _check_sizes(given: dict, file: Path) -> None:
+    """Raise ValueError unless every size is a positive whole number and the heads divide."""
+    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    for key in [*sizes, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"]:
+        if key == "num_key_value_heads":
+            mistral = given["model_type"] == "mistral"
+            given.setdefault(key, 8 if mistral else given["num_attention_heads"])
+        if key == "head_dim":
+            given.setdefault(key, given["hidden_size"] // given["num_attention_heads"])
+        value = given.get(key)
+        if key == "sliding_window" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{file}: {key} is {value!r}, expected a positive whole number")
+    heads, groups, width = (
+        given[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if heads % groups:
+        raise ValueError(
+            f"{file}: num_attention_heads {heads} is no multiple of {groups} key heads"
+        )
+    if width % 2:
+        raise ValueError(f"{file}: head_dim {width} is odd, rotary positions need pairs")
+
+
+def _rope_scaling(rope: dict, file: Path) -> dict | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    needed = {
+        "linear": ["factor"],
+        "llama3": [
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ],
+    }
+    if kind not in needed:
+        raise ValueError(f"{file}: rope_type {kind!r} is not supported: default, linear or llama3")
+    for key in needed[kind]:
+        if not isinstance(rope.get(key), int | float) or not rope[key] > 0:
+            raise ValueError(f"{file}: {kind} rope needs {key} above 0, got {rope.get(key)!r}")
+    return {"rope_type": kind} | {key: rope[key] for key in needed[kind]}
+
+
+def _existing(file: Path, why: str) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; {why}")
+    return file
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+# --- Attention mask ----------------------------------------------------------------------------
+# The whole of step 1 (section 2.1 of the paper) is the argument `is_causal` below. A causal model
+# lets token i see only tokens j <= i; an encoder wants every token to see the whole text. No weight
+# changes; steps 2 and 3 teach the model to use what it can now see.
+
+
+def attention_mask(segments: Tensor, is_causal: bool, window: int | None = None) -> Tensor | None:
+    """Say which tokens may attend to which.
+
+    Args:
+        segments: (B, T) integers; 0 is padding, any other number names the text of a token.
+            Several texts packed in a row have several numbers and do not see each other.
+        is_causal: True for a language model, False for an encoder.
+        window: sliding window (Mistral 7B, Jiang et al. 2023, section 2), as transformers counts
+            it: i - j < window when causal, |i - j| <= window when not.
+
+    Returns:
+        (B, 1, T, T) booleans, True where query i may attend to key j (B is 1 when all rows are
+        alike); None when nothing is masked. Padding attends to padding, so that no row is empty.
+    """
+    T = segments.shape[1]
+    i = torch.arange(T, device=segments.device)[:, None]
+    j = torch.arange(T, device=segments.device)[None, :]
+    distance_limit = T if window is None else window
+    one_text = bool((segments == segments[:, :1]).all())
+    if one_text and T == 1 or one_text and not is_causal and distance_limit >= T - 1:
+        return None
+    if is_causal:
+        near = (j <= i) & (i - j < distance_limit)
+    else:
+        near = (i - j).abs() <= distance_limit
+    if one_text:
+        return near[None, None]
+    same_text = segments[:, :, None] == segments[:, None, :]
+    return (same_text & near)[:, None]
+
+
+# --- Decoder -----------------------------------------------------------------------------------
+# Llama (Touvron et al. 2023) and Mistral are one architecture: a residual stream of width d, to
+# which each layer adds attention, then a gated feed-forward network, each on a normalised copy.
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean of squares in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_table(config: Config, T: int, device: torch.device, dtype: torch.dtype):
+    """Cosines and sines of the rotary position embedding (Su et al. 2021), (T, D) each.
+
+    Pair m of a head turns by position * theta^(-2m/D), so that the product of a query and a key
+    depends on their distance alone. Hence a text packed behind another, or shifted by padding,
+    needs no positions of its own. `linear` stretches all wavelengths by `factor`; `llama3` (Llama
+    3.1) only the long ones, with a smooth passage between, as in transformers' rope utilities.
+    """
+    D = config.head_dim
+    frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
+    scaling = config.rope_scaling
+    if scaling and scaling["rope_type"] == "linear":
+        frequency = frequency / scaling["factor"]
+    elif scaling and scaling["rope_type"] == "llama3":
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0 for long waves, 1 for short ones
+        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    angle = torch.outer(torch.arange(T, device=device).float(), frequency)
+    angle = torch.cat([angle, angle], dim=-1)  # Hugging Face pairs dimension m with m + D/2
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of dimensions (m, m + D/2) of x, (B, heads, T, D), by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key/value heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        d, D = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        D, c = self.config.head_dim, self.config
+        q = self.q_proj(x).view(B, T, c.num_attention_heads, D).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, c.num_key_value_heads, D).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, c.num_key_value_heads, D).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # Repeating the heads costs little and lets every fast kernel of every torch take the mask.
+        group = c.num_attention_heads // c.num_key_value_heads
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        dropout = c.attention_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One block of the decoder."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A Llama or Mistral model: token ids to hidden states, and hidden states to logits.
+
+    `decoder.config.is_causal` decides the direction of attention, and nothing else does.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None  # tied to the embedding
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.recompute = False  # True: keep one tensor a layer, compute the rest again in backward
+
+    def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, (B, T, d), of input_ids (B, T).
+
+        segments (B, T): see `attention_mask`; None means that every row is one text, unpadded.
+        """
+        T = input_ids.shape[1]
+        if segments is None:
+            segments = input_ids.new_ones(1, T)
+        mask = attention_mask(segments, self.config.is_causal, self.config.sliding_window)
+        x = self.embed_tokens(input_ids)  # (B, T, d)
+        cos, sin = rotary_table(self.config, T, x.device, x.dtype)
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, mask, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, mask, cos, sin)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, (..., V), of hidden states (..., d)."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        if not self.config.tie_word_embeddings:
+            raise ValueError("this checkpoint has no lm_head.weight: it can encode, not predict")
+        return F.linear(hidden, self.embed_tokens.weight)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "Decoder":
+        """Load a Hugging Face checkpoint folder: config.json and safetensors, whole or sharded.
+
+        Names may have the prefix `model.` (a causal-LM checkpoint) or not (its inner model, which
+        has no output head). Raises FileNotFoundError or ValueError, naming the file and tensor.
+        """
+        with torch.device("meta"):  # shapes only; memory comes with each tensor
+            decoder = cls(Config.from_pretrained(folder))
+        load_weights(decoder, Path(folder), dtype, torch.device(device))
+        return decoder.eval()
+
+
+# --- Weights -----------------------------------------------------------------------------------
+
+
+def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill a decoder made on the meta device from safetensors, one tensor in memory at a time."""
+    wanted = dict(decoder.named_parameters())
+    inner = True  # no name starts with `model.`: a checkpoint of the inner model
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    inner = inner and not name.startswith("model.")
+                    key = name.removeprefix("model.")
+                    if key.endswith("rotary_emb.inv_freq") or (
+                        key == "lm_head.weight" and decoder.config.tie_word_embeddings
+                    ):
+                        continue
+                    if key not in wanted:
+                        raise ValueError(f"{file}: tensor {name} has no place in this model")
+                    expected = list(wanted.pop(key).shape)
+                    shape = tensors.get_slice(name).get_shape()
+                    if shape != expected:
+                        raise ValueError(f"{file}: tensor {name} is {shape}, expected {expected}")
+                    module, _, leaf = key.rpartition(".")
+                    weight = tensors.get_tensor(name)
+                    if not weight.is_floating_point():
+                        raise ValueError(f"{file}: tensor {name} has type {weight.dtype}")
+                    weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+                    setattr(decoder.get_submodule(module), leaf, weight)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+    if inner and "lm_head.weight" in wanted:
+        del wanted["lm_head.weight"]
+        decoder.lm_head = None
+    if wanted:
+        name, more = next(iter(wanted)), len(wanted) - 1
+        raise ValueError(
+            f"{folder}: tensor {name} is missing" + (f", and {more} more" * (more > 0))
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        why = "neither it nor model.safetensors.index.json is there"
+        return [_existing(folder / "model.safetensors", why)]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map of tensor names to files")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name:  # a path could name any file of the machine
+            raise ValueError(f"{index}: {name!r} is not the name of a file in this folder")
+    return [_existing(folder / name, f"{index.name} lists it") for name in names]
+
+
+# --- Text to tokens ----------------------------------------------------------------------------
+# tokenizer.json says itself whether a BOS token goes in front. A text's vector averages the text's
+# own tokens: BOS and an instruction are attended to, but not averaged (section 3.1 and appendix).
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text."""
+    file = _existing(Path(folder) / "tokenizer.json", "the tokenizer is read from it")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{file}: not a tokenizer: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, instruction: str | None = None
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of each text, and which of them are its own (no BOS or EOS, no instruction).
+
+    At most max_length tokens each, cut at the end. A text that has no token of its own is given
+    all that stands there, or token 0 where nothing does, so that its vector is finite.
+    Raises ValueError for what is not a string, and for an instruction that leaves no room.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is one string, expected a list of strings: put it in brackets")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"text {i} is {type(text).__name__}, expected a string: {text!r:.60}")
+    lead = "" if instruction is None else instruction.strip() + " "
+    tokenizer.enable_truncation(max_length)
+    try:
+        encodings = tokenizer.encode_batch([lead + text for text in texts])
+    finally:
+        tokenizer.no_truncation()
+    rows = []
+    for text, e in zip(texts, encodings, strict=True):
+        own = [
+            special == 0 and end > len(lead)
+            for special, (_, end) in zip(e.special_tokens_mask, e.offsets, strict=True)
+        ]
+        if not any(own):
+            if text.strip() and lead:
+                raise ValueError(
+                    f"the instruction leaves no room in {max_length} tokens: {lead!r:.60}"
+                )
+            own = [True] * len(own)
+        rows.append((e.ids, own) if e.ids else ([0], [True]))
+    return rows
+
+
+def pad(rows: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Tensor:
+    """Rows of different lengths as one (B, T) tensor, filled with 0 at the right."""
+    T = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device)
+
+
+# --- Pooling -----------------------------------------------------------------------------------
+
+
+def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = None) -> Tensor:
+    """One vector a text, (B, d) float32, from hidden states (B, T, d).
+
+    Args:
+        weights: (B, T) non-negative numbers, or the name of a rule that makes them from `own`:
+            `mean`, what the paper found best; `weighted_mean`, 1, 2, 3... (SGPT, Muennighoff
+            2022); `last`, the usual choice for a causal model; `first`.
+        own: (B, T) booleans, the tokens that count; None for all of them.
+    """
+    if isinstance(weights, str):
+        if own is None:
+            own = torch.ones(hidden.shape[:2], device=hidden.device)
+        own = own.float()
+        order = own.cumsum(1) * own  # 1, 2, 3... over the text's own tokens, else 0
+        if weights == "mean":
+            weights = own
+        elif weights == "weighted_mean":
+            weights = order
+        elif weights == "last":
+            weights = (order == order.amax(1, keepdim=True)) * own
+        elif weights == "first":
+            weights = (order == 1).float()
+        else:
+            raise ValueError(f"pooling {weights!r}: expected mean, weighted_mean, last or first")
+    weights = weights.float()
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
+    return (weights[:, None, :] @ hidden.float())[:, 0]
+
+
+# --- Step 2: masked next-token prediction ------------------------------------------------------
+# Some tokens are hidden, and the model, which now sees both sides, has to name them (section 2.2).
+# The token at i is read off the state at i - 1, where a language model has always written its
+# guess of token i: the output head keeps the meaning that it was pre-trained with.
+
+
+def mask_tokens(
+    input_ids: Tensor,
+    mask_id: int,
+    vocab_size: int,
+    rate: float = 0.2,
+    replace: tuple[float, float] = (0.8, 0.1),
+    maskable: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hide a share of the tokens.
+
+    Args:
+        input_ids: (B, T).
+        mask_id: the token that hides another; the paper takes the plain token `_`.
+        rate: the chance of each token to be chosen.
+        replace: of the chosen, the share replaced by mask_id and the share replaced by a random
+            token; the rest stays, and still has to be predicted. (0.8, 0.1) is BERT's rule
+            (Devlin et al. 2019), used for Llama; (1, 0) with rate 0.8 is used for Mistral.
+        maskable: (B, T) booleans, the tokens that may be chosen; None for all. The first token of
+            a row never is: no state stands before it.
+
+    Returns:
+        The ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans.
+    """
+
+    def draw() -> Tensor:
+        return torch.rand(input_ids.shape, generator=generator).to(input_ids.device)
+
+    chosen = draw() < rate
+    chosen[:, 0] = False
+    if maskable is not None:
+        chosen &= maskable
+    fate = draw()
+    noise = torch.randint(vocab_size, input_ids.shape, generator=generator).to(input_ids.device)
+    hidden = torch.where(chosen & (fate < replace[0]), mask_id, input_ids)
+    swapped = chosen & (fate >= replace[0]) & (fate < sum(replace))
+    return torch.where(swapped, noise, hidden), chosen
+
+
+def mntp_loss(
+    decoder: Decoder,
+    masked_ids: Tensor,
+    input_ids: Tensor,
+    chosen: Tensor,
+    segments: Tensor | None = None,
+    total: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.2).
+
+    All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only states in front of
+    chosen tokens go through the vocabulary projection. `total` divides the sum instead of their
+    number: the number in the whole batch, when this is a part of it.
+    """
+    hidden = decoder(masked_ids, segments)[:, :-1]  # state i - 1 ...
+    target = chosen[:, 1:]  # ... predicts token i
+    logits = decoder.logits(hidden[target]).float()  # (number of chosen, V)
+    loss = F.cross_entropy(logits, input_ids[:, 1:][target], reduction="sum")
+    return loss / max(1, int(target.sum()) if total is None else total)
+
+
+# --- Step 3: contrastive learning --------------------------------------------------------------
+# The same sentence is encoded twice with different dropout; the two vectors must be closer to each
+# other than to those of the other sentences of the batch (SimCSE, Gao et al. 2021; section 2.3).
+
+
+def contrastive_loss(
+    query: Tensor, positive: Tensor, negative: Tensor | None = None, scale: float = 20.0
+) -> Tensor:
+    """Cross-entropy, in nats, of picking each query's positive among all candidates by cosine.
+
+    Args:
+        query, positive: (B, d); row i of one belongs to row i of the other.
+        negative: (any number, d), hard negatives: more candidates for every query.
+        scale: inverse temperature, by which the cosine is multiplied.
+    """
+    candidates = positive if negative is None else torch.cat([positive, negative])
+    scores = F.normalize(query.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
+    return F.cross_entropy(scale * scores, torch.arange(len(query), device=query.device))
+
+
+# --- The encoder -------------------------------------------------------------------------------
+
+
+class LLM2Vec:
+    """A decoder, its tokenizer and a pooling rule: texts in, vectors out."""
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, pooling: str = "mean", max_length: int = 512
+    ):
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.pooling, self.max_length = pooling, max_length
+        if tokenizer.get_vocab_size() > decoder.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, "
+                f"the model embeds {decoder.config.vocab_size}"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        adapters: Sequence[str | Path] = (),
+        pooling: str = "mean",
+        max_length: int = 512,
+        is_causal: bool = False,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "LLM2Vec":
+        """Load a checkpoint folder and merge adapter folders into it, in the order given.
+
+        dtype and device default to bfloat16 on a GPU, else float32 on the CPU.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        tokenizer = load_tokenizer(folder)
+        decoder = Decoder.from_pretrained(folder, dtype, device)
+        decoder.config.is_causal = is_causal  # step 1 of the method, entire
+        for adapter in adapters:
+            from lora import load_adapter, merge_lora  # the one thing that this file borrows
+
+            load_adapter(decoder, adapter)
+            merge_lora(decoder)
+        return cls(decoder, tokenizer, pooling, max_length)
+
+    def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
+        """Vectors, (B, d) float32, of rows that `tokenize` made, as one padded batch."""
+        device = self.decoder.embed_tokens.weight.device
+        input_ids = pad([ids for ids, _ in rows], device)
+        own = pad([own for _, own in rows], device)
+        segments = pad([[1] * len(ids) for ids, _ in rows], device)
+        return pool(self.decoder(input_ids, segments), self.pooling, own)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: Sequence[str],
+        instruction: str | None = None,
+        max_tokens: int = 8192,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Vectors of texts: a float32 array (N, d), not normalised, in the order of `texts`.
+
+        Texts of like length share a batch of at most max_tokens tokens, padding included. The same
+        text gets the same vector whatever it is batched with. Raises ValueError for a non-string.
+        """
+        self.decoder.eval()
+        rows = tokenize(self.tokenizer, texts, self.max_length, instruction)
+        vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
+        done = 0
+        for batch in batches_by_length([len(ids) for ids, _ in rows], max_tokens):
+            vectors[batch] = self.embed([rows[i] for i in batch]).cpu().numpy()
+            done += len(batch)
+            if progress:
+                print(f"\r{done} of {len(rows)} texts", end="", file=sys.stderr, flush=True)
+        if progress:
+            print(file=sys.stderr)
+        return vectors
+
+    def save(self, folder: str | Path) -> None:
+        """Write an ordinary checkpoint: a Hugging Face folder with sentence-transformers' files.
+
+        Its config.json says `"is_causal": false`, which transformers 5.2 and later honours. The
+        folder takes its name when it is whole; a checkpoint that is there already is replaced.
+        Raises ValueError if adapters are not merged, or the folder holds something else.
+        """
+        folder, config = Path(folder), self.decoder.config
+        state = self.decoder.state_dict()
+        if any("lora_" in name for name in state):
+            raise ValueError("adapters are not merged: call merge_lora before save")
+        whole = config.tie_word_embeddings or "lm_head.weight" in state
+        prefix, kind = ("model.", "ForCausalLM") if whole else ("", "Model")
+        weights = {
+            name if name == "lm_head.weight" else prefix + name: weight.contiguous()
+            for name, weight in state.items()
+        }
+        names = {
+            "mean": "mean",
+            "weighted_mean": "weightedmean",
+            "last": "lasttoken",
+            "first": "cls",
+        }
+        files = {
+            "config.json": vars(config)
+            | {
+                "architectures": [config.model_type.capitalize() + kind],
+                "hidden_act": "silu",
+                "torch_dtype": str(state["norm.weight"].dtype).removeprefix("torch."),
+            },
+            "modules.json": [
+                {
+                    "idx": i,
+                    "name": str(i),
+                    "path": path,
+                    "type": f"sentence_transformers.models.{name}",
+                }
+                for i, (name, path) in enumerate([("Transformer", ""), ("Pooling", "1_Pooling")])
+            ],
+            "sentence_bert_config.json": {
+                "max_seq_length": self.max_length,
+                "do_lower_case": False,
+            },
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": config.hidden_size,
+                "pooling_mode": names[self.pooling],
+            },
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "padding_side": "right",
+                "pad_token": self.tokenizer.id_to_token(0),
+                "model_max_length": self.max_length,
+            },
+        }
+        with new_folder(folder) as new:
+            (new / "1_Pooling").mkdir()
+            for name, content in files.items():
+                (new / name).write_text(json.dumps(content, indent=2) + "\n")
+            self.tokenizer.save(str(new / "tokenizer.json"))
+            save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `folder` at the end, if all went well.
+
+    A checkpoint or adapter of that name is replaced; a folder of anything else is refused.
+    """
+    known = ("config.json", "adapter_config.json")
+    if folder.exists() and not any((folder / name).is_file() for name in known):
+        raise ValueError(f"{folder}: exists and is not a checkpoint; remove it or choose another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, each of at most max_tokens with padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        n = max(1, max_tokens // lengths[order[0]])
+        yield order[:n]
+        order = order[n:]
+
+
+# --- Command line ------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python llm2vec.py", description="Turn texts into vectors."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    encode = commands.add_parser("encode", help="write the vectors of a file's lines")
+    encode.add_argument("--input", required=True, help="text file, one text a line")
+    encode.add_argument("--output", required=True, help="NumPy file to write, float32 (N, d)")
+    similar = commands.add_parser("similar", help="print the cosines between a few sentences")
+    similar.add_argument("texts", nargs="+", help="sentences, each in quotation marks")
+    for command in (encode, similar):
+        command.add_argument("--model", required=True, help="checkpoint folder")
+        command.add_argument("--instruction", help="read in front of each text, not averaged")
+    args = parser.parse_args()
+
+    texts = args.texts if args.command == "similar" else None
+    if texts is None:
+        file = _existing(Path(args.input), "--input names the file of texts")
+        texts = file.read_text(encoding="utf-8").splitlines()
+    model = LLM2Vec.from_pretrained(args.model)
+    vectors = model.encode(texts, args.instruction, progress=args.command == "encode")
+    if args.command == "encode":
+        with open(args.output, "wb") as output:
+            np.save(output, vectors)
+        return
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for row, text in zip(unit @ unit.T, texts, strict=True):
+        print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command line: a foreseen error is one line and exit status 2, Ctrl-C exits with 130."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main)
