@@ -45,6 +45,11 @@ from torch.utils.checkpoint import checkpoint
 # ignored: a checkpoint that loads is a checkpoint that gives the right numbers.
 
 
+# The kinds of rotary scaling, and the numbers that each one needs.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALING = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
+
+
 @dataclass
 class Config:
     """Shape and constants of a Llama or Mistral model, as transformers' config.json names them."""
@@ -59,7 +64,7 @@ class Config:
     model_type: str = "llama"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or {"rope_type": "linear" | "llama3", "factor": ...}
+    rope_scaling: dict | None = None  # {"rope_type": ...} and what ROPE_SCALING says it needs
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
@@ -69,87 +74,64 @@ class Config:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
         """Read `folder`/config.json. Raises FileNotFoundError without one, ValueError by field."""
-        file = _existing(Path(folder) / "config.json", "a Hugging Face checkpoint folder has one")
-        raw = _read_json(file)
-        if raw.get("model_type") not in ("llama", "mistral"):
-            kind = raw.get("model_type")
-            raise ValueError(f"{file}: model_type {kind!r} is not supported: llama or mistral")
-        for key, expected in {
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-        }.items():
-            if raw.get(key, expected) != expected:
-                raise ValueError(f"{file}: {key} {raw[key]!r} is not supported: {expected!r}")
-        # A key left out, or null, means transformers' default. The newer `rope_parameters` holds
-        # what used to be `rope_scaling` and `rope_theta`.
+        file = existing(Path(folder) / "config.json", "a Hugging Face checkpoint folder has one")
+        raw = read_json(file)
+
+        def expect(holds: bool, key: str, expected: str, value: object) -> None:
+            if not holds:
+                raise ValueError(f"{file}: {key} is {value!r}, expected {expected}")
+
+        family = raw.get("model_type")
+        expect(family in ("llama", "mistral"), "model_type", "llama or mistral", family)
+        for key, only in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
+            expect(raw.get(key, only) == only, key, repr(only), raw.get(key))
+        # A key that is left out means transformers' default; so does null, but for the window.
+        if family == "mistral":
+            raw = {"sliding_window": 4096, "num_key_value_heads": 8} | raw
         given = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{file}: the rope settings are {rope!r}, expected an object")
-        given["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-        given["rope_scaling"] = _rope_scaling(rope, file)
-        if raw["model_type"] == "llama":
+        if family == "llama":
             given.pop("sliding_window", None)
-        elif "sliding_window" not in raw:
-            given["sliding_window"] = 4096
-        _check_sizes(given, file)
-        return cls(**given)
+        # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        expect(isinstance(rope, dict), "rope_parameters", "an object", rope)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        expect(kind in ROPE_SCALING, "rope_type", " or ".join(ROPE_SCALING), kind)
+        for key in ROPE_SCALING[kind]:
+            value = rope.get(key)
+            expect(type(value) in (int, float) and value > 0, key, "a number above 0", value)
+        given["rope_scaling"] = {k: rope[k] for k in ROPE_SCALING[kind]} | {"rope_type": kind}
+        if "rope_theta" in rope:
+            given["rope_theta"] = rope["rope_theta"]
+
+        heads, width = given.get("num_attention_heads"), given.get("hidden_size")
+        given.setdefault("num_key_value_heads", heads)
+        if type(heads) is int and type(width) is int and heads > 0:
+            given.setdefault("head_dim", width // heads)
+        for key, field in cls.__dataclass_fields__.items():
+            value = given.get(key, field.default)
+            if field.type is int or key == "sliding_window" and value is not None:
+                whole = type(value) is int and value > 0
+                shown = None if key not in given else value
+                expect(whole, key, "a positive whole number", shown)
+            elif field.type is float:
+                number = type(value) in (int, float) and 0 <= value < math.inf
+                expect(number, key, "a number, 0 or more", value)
+            elif field.type is bool:
+                expect(type(value) is bool, key, "true or false", value)
+        config = cls(**given)
+        shared = config.num_attention_heads % config.num_key_value_heads == 0
+        expect(shared, "num_attention_heads", "a multiple of num_key_value_heads", heads)
+        expect(config.head_dim % 2 == 0, "head_dim", "an even number", config.head_dim)
+        return config
 
 
-def _check_sizes(given: dict, file: Path) -> None:
-    """Raise ValueError unless every size is a positive whole number and the heads divide."""
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
-    for key in [*sizes, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"]:
-        if key == "num_key_value_heads":
-            mistral = given["model_type"] == "mistral"
-            given.setdefault(key, 8 if mistral else given["num_attention_heads"])
-        if key == "head_dim":
-            given.setdefault(key, given["hidden_size"] // given["num_attention_heads"])
-        value = given.get(key)
-        if key == "sliding_window" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"{file}: {key} is {value!r}, expected a positive whole number")
-    heads, groups, width = (
-        given[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim")
-    )
-    if heads % groups:
-        raise ValueError(
-            f"{file}: num_attention_heads {heads} is no multiple of {groups} key heads"
-        )
-    if width % 2:
-        raise ValueError(f"{file}: head_dim {width} is odd, rotary positions need pairs")
-
-
-def _rope_scaling(rope: dict, file: Path) -> dict | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    needed = {
-        "linear": ["factor"],
-        "llama3": [
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ],
-    }
-    if kind not in needed:
-        raise ValueError(f"{file}: rope_type {kind!r} is not supported: default, linear or llama3")
-    for key in needed[kind]:
-        if not isinstance(rope.get(key), int | float) or not rope[key] > 0:
-            raise ValueError(f"{file}: {kind} rope needs {key} above 0, got {rope.get(key)!r}")
-    return {"rope_type": kind} | {key: rope[key] for key in needed[kind]}
-
-
-def _existing(file: Path, why: str) -> Path:
+def existing(file: Path, why: str) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; {why}")
     return file
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
@@ -225,10 +207,10 @@ def rotary_table(config: Config, T: int, device: torch.device, dtype: torch.dtyp
     """
     D = config.head_dim
     frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
-    scaling = config.rope_scaling
-    if scaling and scaling["rope_type"] == "linear":
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
         frequency = frequency / scaling["factor"]
-    elif scaling and scaling["rope_type"] == "llama3":
+    elif scaling["rope_type"] == "llama3":
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0 for long waves, 1 for short ones
@@ -405,15 +387,15 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         why = "neither it nor model.safetensors.index.json is there"
-        return [_existing(folder / "model.safetensors", why)]
-    weight_map = _read_json(index).get("weight_map")
+        return [existing(folder / "model.safetensors", why)]
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map of tensor names to files")
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if Path(name).name != name:  # a path could name any file of the machine
             raise ValueError(f"{index}: {name!r} is not the name of a file in this folder")
-    return [_existing(folder / name, f"{index.name} lists it") for name in names]
+    return [existing(folder / name, f"{index.name} lists it") for name in names]
 
 
 # --- Text to tokens ----------------------------------------------------------------------------
@@ -423,7 +405,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text."""
-    file = _existing(Path(folder) / "tokenizer.json", "the tokenizer is read from it")
+    file = existing(Path(folder) / "tokenizer.json", "the tokenizer is read from it")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
@@ -479,6 +461,11 @@ def pad(rows: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Te
 # --- Pooling -----------------------------------------------------------------------------------
 
 
+# The rules, and sentence-transformers' names for them.
+POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens"}
+POOLING |= {"last": "lasttoken", "first": "cls_token"}
+
+
 def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = None) -> Tensor:
     """One vector a text, (B, d) float32, from hidden states (B, T, d).
 
@@ -500,9 +487,9 @@ def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = No
         elif weights == "last":
             weights = (order == order.amax(1, keepdim=True)) * own
         elif weights == "first":
-            weights = (order == 1).float()
+            weights = order == 1
         else:
-            raise ValueError(f"pooling {weights!r}: expected mean, weighted_mean, last or first")
+            raise ValueError(f"pooling {weights!r}: expected {', '.join(POOLING)}")
     weights = weights.float()
     weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
     return (weights[:, None, :] @ hidden.float())[:, 0]
@@ -605,11 +592,11 @@ class LLM2Vec:
     ):
         self.decoder, self.tokenizer = decoder, tokenizer
         self.pooling, self.max_length = pooling, max_length
-        if tokenizer.get_vocab_size() > decoder.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, "
-                f"the model embeds {decoder.config.vocab_size}"
-            )
+        if pooling not in POOLING:
+            raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
+        last, V = max(tokenizer.get_vocab().values()), decoder.config.vocab_size
+        if last >= V:
+            raise ValueError(f"tokenizer.json: has token ids up to {last}, the model embeds {V}")
 
     @classmethod
     def from_pretrained(
@@ -630,6 +617,7 @@ class LLM2Vec:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        Config.from_pretrained(folder)  # complain of small files before reading the large ones
         tokenizer = load_tokenizer(folder)
         decoder = Decoder.from_pretrained(folder, dtype, device)
         decoder.config.is_causal = is_causal  # step 1 of the method, entire
@@ -691,39 +679,30 @@ class LLM2Vec:
             name if name == "lm_head.weight" else prefix + name: weight.contiguous()
             for name, weight in state.items()
         }
-        names = {
-            "mean": "mean",
-            "weighted_mean": "weightedmean",
-            "last": "lasttoken",
-            "first": "cls",
-        }
+        modules, kinds = (
+            [("Transformer", ""), ("Pooling", "1_Pooling")],
+            "sentence_transformers.models",
+        )
         files = {
-            "config.json": vars(config)
-            | {
+            "config.json": {
+                **vars(config),
                 "architectures": [config.model_type.capitalize() + kind],
+            }
+            | {
                 "hidden_act": "silu",
                 "torch_dtype": str(state["norm.weight"].dtype).removeprefix("torch."),
             },
             "modules.json": [
-                {
-                    "idx": i,
-                    "name": str(i),
-                    "path": path,
-                    "type": f"sentence_transformers.models.{name}",
-                }
-                for i, (name, path) in enumerate([("Transformer", ""), ("Pooling", "1_Pooling")])
+                {"idx": i, "name": str(i), "path": path, "type": f"{kinds}.{name}"}
+                for i, (name, path) in enumerate(modules)
             ],
-            "sentence_bert_config.json": {
-                "max_seq_length": self.max_length,
-                "do_lower_case": False,
-            },
+            "sentence_bert_config.json": {"max_seq_length": self.max_length},
             "1_Pooling/config.json": {
                 "word_embedding_dimension": config.hidden_size,
-                "pooling_mode": names[self.pooling],
+                f"pooling_mode_{POOLING[self.pooling]}": True,
             },
             "tokenizer_config.json": {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "padding_side": "right",
                 "pad_token": self.tokenizer.id_to_token(0),
                 "model_max_length": self.max_length,
             },
@@ -784,7 +763,7 @@ def main() -> None:
 
     texts = args.texts if args.command == "similar" else None
     if texts is None:
-        file = _existing(Path(args.input), "--input names the file of texts")
+        file = existing(Path(args.input), "--input names the file of texts")
         texts = file.read_text(encoding="utf-8").splitlines()
     model = LLM2Vec.from_pretrained(args.model)
     vectors = model.encode(texts, args.instruction, progress=args.command == "encode")

@@ -8,6 +8,7 @@ an optimiser's steps are far smaller than bfloat16's spacing.
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,28 +19,34 @@ from torch import Tensor, nn
 
 # All seven projections of a layer, as the paper adapts them (its appendix on training details).
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PREFIX = "base_model.model."  # what PEFT writes in front of the names of the inner model
 
 
 class LoRALinear(nn.Linear):
     """A frozen nn.Linear that owns `lora_A` and `lora_B`, which alone have gradients."""
 
-    def adapt(self, rank: int, alpha: float, dropout: float) -> None:
-        device = self.weight.device
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+    lora_A: nn.Linear  # (rank, in)
+    lora_B: nn.Linear  # (out, rank)
+    scale: float  # alpha / rank
+    dropout: float
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         z = nn.functional.dropout(x.float(), self.dropout, self.training)
-        z = self.lora_B(self.lora_A(z)) * (self.alpha / self.rank)
-        return super().forward(x) + z.to(x.dtype)
+        return super().forward(x) + (self.lora_B(self.lora_A(z)) * self.scale).to(x.dtype)
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, (out, in) float32."""
-        return self.lora_B.weight @ self.lora_A.weight * (self.alpha / self.rank)
+        return self.lora_B.weight @ self.lora_A.weight * self.scale
+
+
+def adapt(module: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+    """Turn an nn.Linear into a LoRALinear. It changes class, not identity: weight and name stay."""
+    device = module.weight.device
+    module.__class__ = LoRALinear
+    module.lora_A = nn.Linear(module.in_features, rank, bias=False, device=device)
+    module.lora_B = nn.Linear(rank, module.out_features, bias=False, device=device)
+    nn.init.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))
+    nn.init.zeros_(module.lora_B.weight)
+    module.scale, module.dropout = scale, dropout
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
@@ -54,7 +61,7 @@ def add_lora(
     dropout: float = 0.05,
     targets: Sequence[str] = PROJECTIONS,
 ) -> list[nn.Parameter]:
-    """Freeze a model and put fresh adapters on its projections named in `targets`.
+    """Freeze a model and put fresh adapters on its projections, those whose name ends in a target.
 
     Returns the adapters' parameters, all that there is to train. Raises ValueError for a target
     that the model lacks, a rank below 1, or a model that has adapters already.
@@ -64,17 +71,13 @@ def add_lora(
     if rank < 1:
         raise ValueError(f"rank is {rank}, expected 1 or more")
     model.requires_grad_(False)
-    parameters: list[nn.Parameter] = []
     for target in targets:
-        found = [m for name, m in model.named_modules() if name.rpartition(".")[2] == target]
+        found = [m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")]
         if not found or not all(isinstance(module, nn.Linear) for module in found):
             raise ValueError(f"target {target!r} is not the name of a projection in this model")
         for module in found:
-            # The module changes class, not identity: its weight and its name stay what they are.
-            module.__class__ = LoRALinear
-            module.adapt(rank, alpha, dropout)
-            parameters += [module.lora_A.weight, module.lora_B.weight]
-    return parameters
+            adapt(module, rank, alpha / rank, dropout)
+    return [p for m in adapted(model).values() for p in (m.lora_A.weight, m.lora_B.weight)]
 
 
 @torch.no_grad()
@@ -82,30 +85,40 @@ def merge_lora(model: nn.Module) -> None:
     """Add each adapter into its projection, computed in float32, and remove it."""
     for module in adapted(model).values():
         module.weight.copy_(module.weight.float() + module.delta())
-        del module.lora_A, module.lora_B, module.rank, module.alpha, module.dropout
+        del module.lora_A, module.lora_B, module.scale, module.dropout
         module.__class__ = nn.Linear
 
 
+# --- Files, in PEFT's format -------------------------------------------------------------------
+# adapter_config.json holds the numbers, adapter_model.safetensors the matrices, whose names say
+# which projections are adapted. Published LLM2Vec adapters were made on the inner model
+# (base_model.model.layers...); PEFT on a causal-LM model writes one `model.` more.
+
+
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write a model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors."""
+    """Write a model's adapters as PEFT would, on the inner model (transformers' AutoModel)."""
     modules = adapted(model)
     if not modules:
         raise ValueError("the model has no adapters to save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {
-        f"{PREFIX}{name}.{part}.weight": getattr(module, part).weight.detach().contiguous()
+        f"base_model.model.{name}.{part}.weight": getattr(module, part).weight.detach().contiguous()
         for name, module in modules.items()
         for part in ("lora_A", "lora_B")
     }
-    first = next(iter(modules.values()))
+    ranks = {name: module.lora_A.out_features for name, module in modules.items()}
+    alphas = {name: module.scale * ranks[name] for name, module in modules.items()}
+    first = next(iter(modules))
     config = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
         "base_model_name_or_path": None,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "rank_pattern": {n: r for n, r in ranks.items() if r != ranks[first]},
+        "alpha_pattern": {n: a for n, a in alphas.items() if a != alphas[first]},
+        "lora_dropout": modules[first].dropout,
         "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         "bias": "none",
         "inference_mode": True,
@@ -116,9 +129,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Put a saved adapter, which may be PEFT's, onto a model that has none.
+    """Put an adapter that this project or PEFT saved onto a model, which it freezes.
 
-    Raises FileNotFoundError, or ValueError naming the file and what does not fit.
+    Honours rank_pattern, alpha_pattern and use_rslora as peft 0.21 does. Raises FileNotFoundError,
+    or ValueError naming the file and what can't be honoured or does not fit; the model is then as
+    it was before.
     """
     file, config_file = (
         Path(folder) / name for name in ("adapter_model.safetensors", "adapter_config.json")
@@ -126,24 +141,61 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     for needed in (file, config_file):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed}: no such file; an adapter folder has one")
+    if adapted(model):
+        raise ValueError("the model has adapters already: merge_lora first")
     try:
         config, state = json.loads(config_file.read_text(encoding="utf-8")), load_file(file)
-        rank, alpha, targets = (config[k] for k in ("r", "lora_alpha", "target_modules"))
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config_file}: not a LoRA adapter's config: {error!r}") from None
-    if isinstance(targets, str) or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise ValueError(f"{config_file}: a pattern of targets, DoRA and biases are not supported")
-    add_lora(model, rank, alpha, config.get("lora_dropout", 0.0), targets)
-    for name, module in adapted(model).items():
-        for part in ("lora_A", "lora_B"):
-            key, weight = f"{PREFIX}{name}.{part}.weight", getattr(module, part).weight
-            if key not in state:
-                raise ValueError(f"{file}: tensor {key} is missing")
-            if state[key].shape != weight.shape:
-                shape, expected = list(state[key].shape), list(weight.shape)
-                raise ValueError(f"{file}: tensor {key} is {shape}, expected {expected}")
-            weight.copy_(state.pop(key))
-    if state:
-        raise ValueError(f"{file}: tensor {next(iter(state))} has no place in this model")
+    except ValueError as error:
+        raise ValueError(f"{config_file}: not valid JSON: {error}") from None
+    _check(config, config_file)
+
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, weight in state.items():
+        name, _, part = key.removesuffix(".weight").rpartition(".")
+        name = name.removeprefix("base_model.model.").removeprefix("model.")
+        pairs.setdefault(name, {})[part] = weight
+    modules = dict(model.named_modules())
+    for name, pair in pairs.items():
+        module, rank = modules.get(name), _pattern(config, "rank_pattern", name, config["r"])
+        if set(pair) != {"lora_A", "lora_B"}:
+            raise ValueError(f"{file}: {name} has {', '.join(sorted(pair))}, not lora_A and lora_B")
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{file}: {name} is not the name of a projection in this model")
+        fits = {"lora_A": [rank, module.in_features], "lora_B": [module.out_features, rank]}
+        for part, shape in fits.items():
+            if list(pair[part].shape) != shape:
+                found = list(pair[part].shape)
+                raise ValueError(f"{file}: {name}.{part} is {found}, expected {shape}")
+    model.requires_grad_(False)
+    for name, pair in pairs.items():
+        module, rank = modules[name], pair["lora_A"].shape[0]
+        alpha = _pattern(config, "alpha_pattern", name, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        adapt(module, rank, scale, config.get("lora_dropout", 0.0))
+        module.lora_A.weight.copy_(pair["lora_A"])
+        module.lora_B.weight.copy_(pair["lora_B"])
+        module.train(model.training)
+
+
+def _check(config: object, file: Path) -> None:
+    """Refuse by name what this adapter code can't honour."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is not LORA")
+    for key in ("r", "lora_alpha"):
+        if type(config.get(key)) not in (int, float) or not config[key] > 0:
+            raise ValueError(f"{file}: {key} is {config.get(key)!r}, expected a number above 0")
+    for key in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out"):
+        if config.get(key):
+            raise ValueError(f"{file}: {key} is {config[key]!r}, which is not supported")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias is {config['bias']!r}, which is not supported")
+
+
+def _pattern(config: dict, field: str, name: str, default: float) -> float:
+    """The value of the first pattern that the end of a name matches, as in PEFT."""
+    for pattern, value in (config.get(field) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

@@ -1,0 +1,314 @@
+"""Texts to vectors, checkpoints in and out, and what is said of bad ones."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from data.corpus import WIKIPEDIA, read_documents
+from llm2vec import Config, Decoder, LLM2Vec, load_tokenizer, pool, tokenize
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data" / "tiny-llama"
+WORDS = ["[PAD]", "<s>", "a", "b", "c", "find", "this", "_"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> LLM2Vec:
+    return LLM2Vec.from_pretrained(TINY)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A whole checkpoint of a very small untied Llama, whose tokenizer puts a BOS in front."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": len(WORDS),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    state = Decoder(Config.from_pretrained(tmp_path)).state_dict()
+    named = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in state.items()}
+    save_file(named, tmp_path / "model.safetensors")
+    vocab = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["[PAD]", "<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# --- Vectors -----------------------------------------------------------------------------------
+
+
+def test_a_vector_does_not_depend_on_its_neighbours(encoder):
+    texts = [text[: 40 + 17 * i] for i, text in enumerate(read_documents(WIKIPEDIA)[:64])]
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    assert alone.dtype == np.float32 and alone.shape == (64, encoder.decoder.config.hidden_size)
+    scale = np.abs(alone).max()
+    for max_tokens in (1, 300, 100_000):
+        together = encoder.encode(texts, max_tokens=max_tokens)
+        assert np.abs(together - alone).max() < 1e-5 * max(1, scale)
+    backwards = encoder.encode(texts[::-1])[::-1]
+    assert np.abs(backwards - alone).max() < 1e-5 * max(1, scale)
+
+
+def test_a_vector_does_not_depend_on_its_neighbours_in_bfloat16():
+    encoder = LLM2Vec.from_pretrained(TINY, dtype=torch.bfloat16)
+    texts = read_documents(WIKIPEDIA)[:16]
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    together = encoder.encode(texts)
+    norms = np.linalg.norm(alone, axis=1) * np.linalg.norm(together, axis=1)
+    assert ((alone * together).sum(1) / norms).min() > 0.9999
+
+
+def test_an_empty_text_has_a_finite_vector(encoder, folder):
+    for model in (encoder, LLM2Vec.from_pretrained(folder)):
+        vectors = model.encode(["", "  ", "a b", "\n"])
+        assert np.isfinite(vectors).all() and (np.abs(vectors).max(1) > 0).all()
+        assert np.array_equal(model.encode([""])[0], model.encode(["", "a"])[0]) or np.allclose(
+            model.encode([""])[0], model.encode(["", "a"])[0], atol=1e-5
+        )
+    assert encoder.encode([]).shape == (0, encoder.decoder.config.hidden_size)
+
+
+@pytest.mark.parametrize("texts, name", [([1], "int"), (["a", None], "None"), ("a", "one string")])
+def test_what_is_not_a_list_of_strings_is_refused(encoder, texts, name):
+    with pytest.raises(ValueError, match=name):
+        encoder.encode(texts)
+
+
+def test_bos_and_instruction_are_read_but_not_averaged(folder):
+    model = LLM2Vec.from_pretrained(folder)
+    tokenizer = model.tokenizer
+    assert tokenize(tokenizer, ["a b"], 512) == [([1, 2, 3], [False, True, True])]
+    [(ids, own)] = tokenize(tokenizer, ["a b"], 512, instruction="find this")
+    assert ids == [1, 5, 6, 2, 3] and own == [False, False, False, True, True]
+    hidden = model.decoder(torch.tensor([ids]))
+    expected = hidden[0, 3:].mean(0).detach().numpy()
+    got = model.encode(["a b"], instruction="find this")[0]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert not np.allclose(got, model.encode(["a b"])[0], atol=1e-3)
+
+
+def test_a_long_text_is_cut_at_the_end(folder):
+    tokenizer = load_tokenizer(folder)
+    assert tokenize(tokenizer, ["a b c a b c"], 4)[0][0] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="leaves no room"):
+        tokenize(tokenizer, ["a"], 3, instruction="find this")
+
+
+def test_special_tokens_inside_a_text_are_text(folder):
+    assert tokenize(load_tokenizer(folder), ["a <s>"], 512)[0][1] == [False, True, True]
+
+
+# --- Checkpoints -------------------------------------------------------------------------------
+
+
+def test_saving_and_loading_gives_the_same_vectors(encoder, folder, tmp_path):
+    for model in (encoder, LLM2Vec.from_pretrained(folder)):
+        out = tmp_path / "out"
+        model.save(out)
+        assert json.loads((out / "config.json").read_text())["is_causal"] is False
+        again = LLM2Vec.from_pretrained(out)
+        texts = ["a b", "c", "find this"]
+        assert np.array_equal(model.encode(texts), again.encode(texts))
+        ids = torch.tensor([[2, 3]])
+        hidden = model.decoder(ids)
+        assert torch.equal(model.decoder.logits(hidden), again.decoder.logits(hidden))
+    assert not list(tmp_path.glob(".new-*")), "no scratch folder stays behind"
+
+
+def test_saving_never_replaces_a_folder_of_something_else(encoder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years of work")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        encoder.save(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_names_without_prefix_and_shards_load_the_same(folder, tmp_path):
+    whole = Decoder.from_pretrained(folder)
+    ids = torch.tensor([[2, 3, 4]])
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    weight_map = {}
+    for i, part in enumerate((names[:5], names[5:])):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    sharded = Decoder.from_pretrained(folder)
+    assert torch.equal(whole.logits(whole(ids)), sharded.logits(sharded(ids)))
+
+    (folder / "model.safetensors.index.json").unlink()
+    inner = {n.removeprefix("model."): w for n, w in state.items() if n.startswith("model.")}
+    save_file(inner, folder / "model.safetensors")
+    headless = Decoder.from_pretrained(folder)
+    assert torch.equal(whole(ids), headless(ids))
+    with pytest.raises(ValueError, match="lm_head"):
+        headless.logits(headless(ids))
+    save_again = LLM2Vec(headless, load_tokenizer(folder))
+    save_again.save(tmp_path / "again")
+    assert torch.equal(whole(ids), Decoder.from_pretrained(tmp_path / "again")(ids))
+
+
+def test_weights_arrive_in_the_type_that_was_asked_for(folder):
+    decoder = Decoder.from_pretrained(folder, torch.bfloat16)
+    assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
+    assert not any(p.is_meta for p in decoder.parameters())
+
+
+# --- What is said of bad input -----------------------------------------------------------------
+
+
+def break_tensor(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+
+
+def drop(state):
+    del state["model.layers.1.mlp.up_proj.weight"]
+
+
+def rename(state):
+    state["model.layers.1.mlp.upp_proj.weight"] = state.pop("model.layers.1.mlp.up_proj.weight")
+
+
+def reshape(state):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    state[name] = state[name][:-1].contiguous()
+
+
+def retype(state):
+    state["model.norm.weight"] = state["model.norm.weight"].int()
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (drop, "layers.1.mlp.up_proj.weight is missing"),
+        (rename, "model.layers.1.mlp.upp_proj.weight has no place"),
+        (reshape, r"layers.0.self_attn.k_proj.weight is \[7, 16\], expected \[8, 16\]"),
+        (retype, "model.norm.weight has type torch.int32"),
+    ],
+)
+def test_a_wrong_tensor_is_named(folder, change, name):
+    break_tensor(folder, change)
+    with pytest.raises(ValueError, match=name):
+        Decoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"vocab_size": "8"}, "vocab_size is '8'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4, expected a multiple"),
+        ({"head_dim": 5}, "head_dim is 5"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+    ],
+)
+def test_a_config_that_can_not_be_run_is_refused_by_field(folder, changes, name):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(ValueError, match=name):
+        Decoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        LLM2Vec.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("size", [0, 5, 100])
+def test_a_truncated_file_is_named(folder, name, size):
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=name):
+        LLM2Vec.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("target", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", 7])
+def test_an_index_that_leaves_its_folder_is_refused(folder, target):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": target}}))
+    with pytest.raises((ValueError, FileNotFoundError), match=str(target)):
+        Decoder.from_pretrained(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
+    edit(folder / "config.json", vocab_size=4)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        break_tensor(folder, lambda state, name=name: state.update({name: state[name][:4]}))
+    with pytest.raises(
+        ValueError, match="tokenizer.json: has token ids up to 7, the model embeds 4"
+    ):
+        LLM2Vec.from_pretrained(folder)
+
+
+# --- Command line ------------------------------------------------------------------------------
+
+
+def llm2vec(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "llm2vec.py", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_line_encodes_and_compares(encoder, tmp_path):
+    texts = ["A man plays a guitar.", "", "Stocks fell."]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    out = tmp_path / "vectors.npy"
+    done = llm2vec("encode", "--model", TINY, "--input", tmp_path / "texts.txt", "--output", out)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(out), encoder.encode(texts), atol=1e-5)
+    done = llm2vec("similar", "--model", TINY, *texts[::2])
+    assert done.returncode == 0 and done.stdout.count("1.000") == 2 and texts[0] in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("similar", "--model", "nowhere", "a"),
+        ("encode", "--model", TINY, "--input", "nowhere", "--output", "x"),
+    ],
+)
+def test_an_error_is_one_line_and_status_2(args):
+    done = llm2vec(*args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+def test_pool_of_nothing_is_finite():
+    assert pool(torch.ones(1, 2, 3), "mean", torch.zeros(1, 2)).isfinite().all()

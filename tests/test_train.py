@@ -1,0 +1,252 @@
+"""The stages, from small steps to the whole command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.corpus import WIKIPEDIA, read_documents
+from llm2vec import LLM2Vec, contrastive_loss, tokenize
+from lora import add_lora, load_adapter
+from train import SETTINGS, STAGES, contrast, shuffled
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data" / "tiny-llama"
+QUICK = {
+    "mntp": replace(SETTINGS["mntp"]["tiny"], steps=3, batch=4, length=32),
+    "simcse": replace(SETTINGS["simcse"]["tiny"], steps=3, batch=8, length=32),
+}
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return read_documents(WIKIPEDIA)[:200]
+
+
+def weights(model: LLM2Vec) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.decoder.state_dict().items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_an_adapter_and_nothing_else(stage, documents, tmp_path):
+    """The trained model is the base plus the written adapter: no base weight moved."""
+    model = LLM2Vec.from_pretrained(TINY)
+    before = weights(model)
+    STAGES[stage](model, documents, QUICK[stage], tmp_path)
+    after = weights(model)
+    base = LLM2Vec.from_pretrained(TINY)
+    load_adapter(base.decoder, tmp_path)
+    frozen = weights(base)
+    for name, weight in before.items():
+        assert torch.equal(frozen[name], weight)
+        adapted = name.endswith("_proj.weight")
+        assert torch.equal(after[name], weight) is not adapted
+    again = LLM2Vec.from_pretrained(TINY, adapters=[tmp_path])
+    assert all(torch.equal(v, after[k]) for k, v in weights(again).items())
+    assert model.decoder.config.attention_dropout == 0 and not model.decoder.training
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_seed_gives_the_same_adapter(stage, documents, tmp_path):
+    made = []
+    for run in ("a", "b"):
+        model = LLM2Vec.from_pretrained(TINY)
+        STAGES[stage](model, documents, QUICK[stage], tmp_path / run)
+        made.append((tmp_path / run / "adapter_model.safetensors").read_bytes())
+    assert made[0] == made[1]
+
+
+def test_only_adapters_have_gradients(documents):
+    model = LLM2Vec.from_pretrained(TINY)
+    parameters = add_lora(model.decoder.train())
+    contrast(model, tokenize(model.tokenizer, documents[:4], 32), 8192)
+    with_gradient = {id(p) for p in model.decoder.parameters() if p.grad is not None}
+    assert with_gradient == {id(p) for p in parameters}
+
+
+def test_gradients_in_parts_equal_those_of_one_pass(documents):
+    """GradCache: the same loss and gradients however few tokens fit into a forward pass."""
+    rows = tokenize(LLM2Vec.from_pretrained(TINY).tokenizer, documents[:9], 40)
+    found = []
+    for max_tokens in (8192, 160, 1):
+        model = LLM2Vec.from_pretrained(TINY)
+        torch.manual_seed(0)
+        parameters = add_lora(model.decoder.train(), dropout=0.0)
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter, std=0.05)
+        loss = contrast(model, rows, max_tokens)
+        found.append((loss, torch.cat([p.grad.flatten() for p in parameters])))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_second_pass_in_parts_sees_the_same_dropout(documents):
+    """Against finite differences: with other dropout the derivative along the gradient is off."""
+    model = LLM2Vec.from_pretrained(TINY)
+    rows = tokenize(model.tokenizer, documents[:6], 24)
+    model.decoder.config.attention_dropout = 0.3
+    torch.manual_seed(0)
+    parameters = add_lora(model.decoder.train(), dropout=0.2)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.05)
+
+    def loss() -> float:
+        torch.manual_seed(7)
+        for parameter in parameters:
+            parameter.grad = None
+        return contrast(model, rows, max_tokens=100)
+
+    loss()
+    direction = [p.grad.clone() for p in parameters]
+    norm = torch.cat([d.flatten() for d in direction]).norm().item()
+    step = 1e-2 / norm
+    with torch.no_grad():
+        for p, d in zip(parameters, direction, strict=True):
+            p += step * d
+    up = loss()
+    with torch.no_grad():
+        for p, d in zip(parameters, direction, strict=True):
+            p -= 2 * step * d
+    down = loss()
+    assert (up - down) / (2 * step) == pytest.approx(norm**2, rel=0.02)
+
+
+def test_mntp_in_parts_gives_the_same_adapter_as_in_one_pass(documents, tmp_path):
+    made = []
+    for max_tokens in (8192, 1):
+        model = LLM2Vec.from_pretrained(TINY)
+        settings = replace(QUICK["mntp"], max_tokens=max_tokens, dropout=0.0)
+        STAGES["mntp"](model, documents, settings, tmp_path / str(max_tokens))
+        made.append(model.encode(documents[:5]))
+    assert abs(made[0] - made[1]).max() < 1e-3
+
+
+def test_batches_hold_every_item_once_an_epoch():
+    batches = shuffled(list(range(10)), 3, seed=0)
+    epochs = [[i for _ in range(3) for i in next(batches)] for _ in range(2)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs) and epochs[0] != epochs[1]
+    assert sorted(next(shuffled([1, 2], 5, seed=0))) == [1, 2]
+
+
+def test_duplicate_sentences_are_not_each_others_negatives(tmp_path):
+    model = LLM2Vec.from_pretrained(TINY)
+    with pytest.raises(ValueError, match="fewer than two different sentences"):
+        STAGES["simcse"](model, ["The same."] * 9, QUICK["simcse"], tmp_path)
+
+
+def test_two_views_differ_and_the_loss_falls(documents, tmp_path):
+    model = LLM2Vec.from_pretrained(TINY)
+    settings = replace(QUICK["simcse"], steps=25, batch=16)
+    STAGES["simcse"](model, documents, settings, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 26))
+    assert log[0]["loss"] > 0.01, "identical views would be told apart at once"
+    assert sum(x["loss"] for x in log[-5:]) < sum(x["loss"] for x in log[:5])
+    assert set(log[0]) == {"step", "steps", "loss", "lr", "tokens_per_second", "seconds_left"}
+    warm_up = settings.warm_up
+    expected = [settings.lr * min((i + 1) / warm_up, (25 - i) / (25 - warm_up)) for i in range(25)]
+    assert [line["lr"] for line in log] == pytest.approx(expected)
+
+
+def test_contrastive_loss_at_chance_is_the_log_of_the_batch():
+    same = torch.ones(8, 4)
+    assert contrastive_loss(same, same).item() == pytest.approx(2.0794415, abs=1e-5)
+
+
+# --- The commands ------------------------------------------------------------------------------
+
+
+def train(*args, cwd=ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_everything_runs_and_ends_with_the_table(tmp_path):
+    done = train("--steps", 2, "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results) == ["causal", "bidirectional (no training)", "+ MNTP", "+ SimCSE"]
+    for name, scores in results.items():
+        assert f"| {name}" in done.stdout
+        assert set(scores) == {"spearman", "masked_accuracy", "alignment", "uniformity", "seconds"}
+        assert 0 < scores["spearman"] < 1 and 0 < scores["masked_accuracy"] < 1
+        assert scores["uniformity"] < 0 < scores["alignment"]
+    commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("  python ")]
+    assert len(commands) == 2
+    (tmp_path / "texts.txt").write_text("One.\nTwo.\n")
+    for command in commands:  # what it prints is what works, from where it was run
+        script, rest = command.removeprefix("python ").split(" ", 1)
+        shell = f"{sys.executable} {ROOT / script} {rest}"
+        out = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+    assert (tmp_path / "vectors.npy").exists()
+    assert "step 2 of 2" in done.stdout and "\r" not in done.stdout
+
+
+def test_stages_one_by_one(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(read_documents(WIKIPEDIA)[:300]))
+    common = ["--model", TINY, "--corpus", corpus]
+    quick = ["--preset", "tiny", "--steps", 2, "--batch", 4, "--length", 32]
+    for stage, before in (("mntp", []), ("simcse", ["--adapters", tmp_path / "mntp"])):
+        done = train(stage, *common, *quick, *before, "--output", tmp_path / stage)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / stage / "adapter_model.safetensors").exists()
+    done = train("evaluate", "--model", tmp_path / "simcse" / "encoder")
+    assert done.returncode == 0, done.stderr
+    merged = json.loads(done.stdout.splitlines()[-1])
+    done = train("evaluate", "--model", TINY, "--adapters", tmp_path / "mntp", tmp_path / "simcse")
+    assert json.loads(done.stdout.splitlines()[-1])["spearman"] == pytest.approx(merged["spearman"])
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["mntp", "--model", "nowhere", "--output", "x"], "nowhere"),
+        (["mntp", "--model", TINY, "--corpus", "nowhere.txt", "--output", "x"], "nowhere.txt"),
+        (["mntp", "--model", TINY], "--output"),
+        (["simcse", "--model", TINY, "--output", "x", "--steps", "0"], "--steps"),
+        (["mntp", "--model", TINY, "--output", "x", "--mask-rate", "1.5"], "--mask-rate"),
+        (["evaluate", "--model", TINY, "--sts", "nowhere.tsv"], "nowhere.tsv"),
+        (["evaluate", "--model", TINY, "--pooling", "median"], "median"),
+        (["--stepps", "3"], "--stepps"),
+    ],
+)
+def test_an_error_names_what_is_wrong_and_leaves_nothing_behind(args, said, tmp_path):
+    done = train(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_token_that_the_vocabulary_lacks_is_named(documents, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.MASK_TOKEN", "no such token")
+    with pytest.raises(ValueError, match="'no such token' is not in the tokenizer's vocabulary"):
+        STAGES["mntp"](LLM2Vec.from_pretrained(TINY), documents, QUICK["mntp"], tmp_path)
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert "MNTP" in process.stdout.readline()
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert not (tmp_path / "run" / "encoder").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["mntp"], ["simcse"], ["evaluate"]])
+def test_help_fits_on_a_screen_and_says_the_defaults(command):
+    done = train(*command, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) <= 40
+    assert "default" in done.stdout
