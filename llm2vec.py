@@ -92,10 +92,12 @@ class Config:
         if family == "llama":
             given.pop("sliding_window", None)
         # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        expect(isinstance(rope, dict), "rope_parameters", "an object", rope)
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        expect(isinstance(rope, dict), "rope_scaling", "an object", rope)
+        rope = rope | {k: raw[k] for k in LLAMA3[3:] if k in raw}  # this one may stand outside
         kind = rope.get("rope_type", rope.get("type", "default"))
-        expect(kind in ROPE_SCALING, "rope_type", " or ".join(ROPE_SCALING), kind)
+        known = isinstance(kind, str) and kind in ROPE_SCALING
+        expect(known, "rope_type", " or ".join(ROPE_SCALING), kind)
         for key in ROPE_SCALING[kind]:
             value = rope.get(key)
             expect(type(value) in (int, float) and value > 0, key, "a number above 0", value)
@@ -318,11 +320,15 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, (..., V), of hidden states (..., d)."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        if not self.config.tie_word_embeddings:
+        if not self.can_predict:
             raise ValueError("this checkpoint has no lm_head.weight: it can encode, not predict")
-        return F.linear(hidden, self.embed_tokens.weight)
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    @property
+    def can_predict(self) -> bool:
+        """False for a checkpoint of the inner model, which came without its output head."""
+        return self.config.tie_word_embeddings or self.lm_head is not None
 
     @classmethod
     def from_pretrained(
@@ -430,7 +436,9 @@ def tokenize(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {i} is {type(text).__name__}, expected a string: {text!r:.60}")
-    lead = "" if instruction is None else instruction.strip() + " "
+    lead = instruction or ""
+    if lead and not lead[-1].isspace():
+        lead += "\n"
     tokenizer.enable_truncation(max_length)
     try:
         encodings = tokenizer.encode_batch([lead + text for text in texts])
@@ -665,54 +673,108 @@ class LLM2Vec:
     def save(self, folder: str | Path) -> None:
         """Write an ordinary checkpoint: a Hugging Face folder with sentence-transformers' files.
 
-        Its config.json says `"is_causal": false`, which transformers 5.2 and later honours. The
-        folder takes its name when it is whole; a checkpoint that is there already is replaced.
-        Raises ValueError if adapters are not merged, or the folder holds something else.
+        transformers 5.2 and later honours its `"is_causal": false`; sentence-transformers gives the
+        same vectors. The folder takes its name when it is whole; a checkpoint of that name is
+        replaced. Raises ValueError if adapters are not merged, or the folder holds something else.
         """
-        folder, config = Path(folder), self.decoder.config
         state = self.decoder.state_dict()
         if any("lora_" in name for name in state):
             raise ValueError("adapters are not merged: call merge_lora before save")
-        whole = config.tie_word_embeddings or "lm_head.weight" in state
-        prefix, kind = ("model.", "ForCausalLM") if whole else ("", "Model")
-        weights = {
-            name if name == "lm_head.weight" else prefix + name: weight.contiguous()
-            for name, weight in state.items()
-        }
-        modules, kinds = (
-            [("Transformer", ""), ("Pooling", "1_Pooling")],
-            "sentence_transformers.models",
-        )
-        files = {
-            "config.json": {
-                **vars(config),
-                "architectures": [config.model_type.capitalize() + kind],
-            }
-            | {
-                "hidden_act": "silu",
-                "torch_dtype": str(state["norm.weight"].dtype).removeprefix("torch."),
-            },
-            "modules.json": [
-                {"idx": i, "name": str(i), "path": path, "type": f"{kinds}.{name}"}
-                for i, (name, path) in enumerate(modules)
-            ],
-            "sentence_bert_config.json": {"max_seq_length": self.max_length},
-            "1_Pooling/config.json": {
-                "word_embedding_dimension": config.hidden_size,
-                f"pooling_mode_{POOLING[self.pooling]}": True,
-            },
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "pad_token": self.tokenizer.id_to_token(0),
-                "model_max_length": self.max_length,
-            },
-        }
-        with new_folder(folder) as new:
-            (new / "1_Pooling").mkdir()
-            for name, content in files.items():
+        with new_folder(Path(folder)) as new:
+            for name, content in checkpoint_files(self).items():
+                (new / name).parent.mkdir(exist_ok=True)
                 (new / name).write_text(json.dumps(content, indent=2) + "\n")
-            self.tokenizer.save(str(new / "tokenizer.json"))
-            save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+            # With an output head it is a causal-LM checkpoint, whose inner model is `model`.
+            prefix = "model." if self.decoder.can_predict else ""
+            named = {n if n == "lm_head.weight" else prefix + n: w for n, w in state.items()}
+            save_weights(named, new)
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, each of at most max_tokens with padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        n = max(1, max_tokens // lengths[order[0]])
+        yield order[:n]
+        order = order[n:]
+
+
+# --- An ordinary checkpoint --------------------------------------------------------------------
+
+SHARD = 5 * 10**9  # bytes of weights in one file, at most, as on the Hugging Face hub
+NOTHING = "\u2063"  # a character that an exported tokenizer drops
+
+
+def save_weights(state: dict[str, Tensor], folder: Path) -> None:
+    """model.safetensors; or shards with their index, if there is more than SHARD of it."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD
+    for name, weight in state.items():
+        room -= weight.nbytes
+        if room < 0 and shards[-1]:
+            shards.append({})
+            room = SHARD - weight.nbytes
+        shards[-1][name] = weight.contiguous()
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(weight.nbytes for weight in state.values())
+        weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
+    """Every JSON file of a checkpoint folder, by name.
+
+    sentence-transformers averages all tokens, BOS included, but for those of a prompt. So where
+    the tokenizer puts BOS in front, the default prompt is a character that the tokenizer drops:
+    what is left of the prompt is BOS, which then is read and not averaged, as here.
+    """
+    config, tokenizer = model.decoder.config, json.loads(model.tokenizer.to_str())
+    alone = model.tokenizer.encode("a")
+    in_front = [
+        i for i, special in zip(alone.ids, alone.special_tokens_mask, strict=True) if special
+    ]
+    drop = {"type": "Replace", "pattern": {"String": NOTHING}, "content": ""}
+    if in_front and NOTHING not in json.dumps(tokenizer["normalizer"], ensure_ascii=False):
+        steps = [drop, tokenizer["normalizer"]] if tokenizer["normalizer"] else [drop]
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    special = [t["content"] for t in tokenizer["added_tokens"] if t["id"] not in in_front]
+    kind = "ForCausalLM" if model.decoder.can_predict else "Model"
+    module = "sentence_transformers.models."
+    return {
+        "config.json": vars(config)
+        | {
+            "architectures": [config.model_type.capitalize() + kind],
+            "hidden_act": "silu",
+            "torch_dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
+        },
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": (special or [model.tokenizer.id_to_token(0)])[0],
+            "padding_side": "right",
+            "model_max_length": model.max_length,
+        },
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": module + "Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": module + "Pooling"},
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": config.hidden_size,
+            f"pooling_mode_{POOLING[model.pooling]}": True,
+            "include_prompt": False,
+        },
+        "sentence_bert_config.json": {"max_seq_length": model.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {"default": NOTHING} if in_front else {},
+            "default_prompt_name": "default" if in_front else None,
+            "similarity_fn_name": "cosine",
+        },
+    }
 
 
 @contextmanager
@@ -732,15 +794,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             os.replace(folder, old)
         os.replace(new, folder)
-
-
-def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, each of at most max_tokens with padding."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        n = max(1, max_tokens // lengths[order[0]])
-        yield order[:n]
-        order = order[n:]
 
 
 # --- Command line ------------------------------------------------------------------------------

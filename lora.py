@@ -179,6 +179,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         module.train(model.training)
 
 
+# What PEFT has and this file has not: it would change the numbers, so it is refused by name.
+UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "lora_bias")
+UNSUPPORTED += ("modules_to_save", "fan_in_fan_out", "layer_replication")
+
+
 def _check(config: object, file: Path) -> None:
     """Refuse by name what this adapter code can't honour."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -186,7 +191,7 @@ def _check(config: object, file: Path) -> None:
     for key in ("r", "lora_alpha"):
         if type(config.get(key)) not in (int, float) or not config[key] > 0:
             raise ValueError(f"{file}: {key} is {config.get(key)!r}, expected a number above 0")
-    for key in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out"):
+    for key in UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{file}: {key} is {config[key]!r}, which is not supported")
     if config.get("bias", "none") != "none":

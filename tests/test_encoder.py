@@ -233,7 +233,7 @@ def test_a_wrong_tensor_is_named(folder, change, name):
         ({"hidden_size": None}, "hidden_size is None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),
-        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_parameters": [1]}, "rope_scaling"),
         ({"rope_theta": "big"}, "rope_theta is 'big'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
     ],

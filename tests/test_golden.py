@@ -1,0 +1,98 @@
+"""The same numbers as transformers and PEFT, on checkpoints that they wrote.
+
+tests/golden/make.py made the files, and says what each model is there for.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm2vec import Decoder, mntp_loss
+from lora import load_adapter, merge_lora
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = [
+    "llama-grouped",
+    "llama-linear-older",
+    "llama-llama3-sharded",
+    "llama-tied-wide-heads",
+    "mistral-window",
+    "mistral-inner",
+]
+WITH_HEAD = [name for name in MODELS if name != "mistral-inner"]
+ADAPTED = ["llama-grouped", "mistral-window"]
+
+
+def read(name: str, is_causal: bool) -> tuple[Decoder, dict[str, torch.Tensor]]:
+    """A golden model facing one way, and what the reference computed of it."""
+    decoder = Decoder.from_pretrained(GOLDEN / name)
+    decoder.config.is_causal = is_causal
+    return decoder, load_file(GOLDEN / name / "expected.safetensors")
+
+
+def assert_close(ours: torch.Tensor, reference: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(ours, reference, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+@pytest.mark.parametrize("layout", ["unpadded", "right", "left", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_are_those_of_transformers(name, layout, direction):
+    """Padded at either side or packed with others, every token of a text has its own state."""
+    decoder, expected = read(name, is_causal=direction == "causal")
+    segments = expected[f"{layout}.segments"]
+    given = None if layout == "unpadded" else segments
+    hidden = decoder(expected[f"{layout}.input_ids"], given)
+    text = segments > 0
+    assert hidden.isfinite().all(), "padding too has finite states"
+    assert_close(hidden[text], expected[f"{layout}.{direction}"][text], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+def test_mntp_reads_each_masked_token_off_the_state_before_it(name):
+    decoder, expected = read(name, is_causal=False)
+    input_ids, segments = expected["right.input_ids"], expected["right.segments"]
+    masked_ids, chosen = expected["mntp.masked_ids"], expected["mntp.chosen"]
+    hidden = decoder(masked_ids, segments)
+    assert_close(decoder.logits(hidden[:, :-1][chosen[:, 1:]]), expected["mntp.logits"], atol=1e-4)
+    loss = mntp_loss(decoder, masked_ids, input_ids, chosen, segments)
+    assert_close(loss, expected["mntp.loss"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_of_peft_does_the_same_here_adapted_and_merged(name):
+    decoder, given = read(name, is_causal=False)
+    expected = load_file(GOLDEN / f"{name}-adapter" / "expected.safetensors")
+    input_ids, segments = given["right.input_ids"], given["right.segments"]
+    text = segments > 0
+    load_adapter(decoder, GOLDEN / f"{name}-adapter")
+    assert_close(decoder(input_ids, segments)[text], expected["adapted"][text], atol=1e-4)
+    merge_lora(decoder)
+    assert_close(decoder(input_ids, segments)[text], expected["merged"][text], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_steps_of_adam_move_an_adapter_to_where_peft_moves_it(name):
+    """The loss, its gradient's norm over all adapters, and the weights after three steps."""
+    decoder, given = read(name, is_causal=False)
+    expected = load_file(GOLDEN / f"{name}-adapter" / "expected.safetensors")
+    batch = [given[key] for key in ("mntp.masked_ids", "right.input_ids", "mntp.chosen")]
+    load_adapter(decoder, GOLDEN / f"{name}-adapter")
+    trained = {key: p for key, p in decoder.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 7 * 2 and all("lora_" in key for key in trained)
+
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0)
+    for loss_there, norm_there in zip(expected["losses"], expected["gradient_norms"], strict=True):
+        loss = mntp_loss(decoder, *batch, given["right.segments"])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_close(loss.detach(), loss_there, atol=1e-5)
+        torch.testing.assert_close(norm, norm_there, atol=0, rtol=1e-4)
+    after = {key.removeprefix("after."): w for key, w in expected.items() if "lora_" in key}
+    assert len(after) == 4
+    for key, weight in after.items():
+        assert_close(trained[key].detach(), weight, atol=1e-5)
