@@ -21,15 +21,18 @@ Shapes: B batch, T tokens, d width, H heads, K key/value heads, D head width, V 
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -777,7 +780,7 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name `folder` at the end, if all went well.
 
@@ -799,33 +802,92 @@ def new_folder(folder: Path) -> Iterator[Path]:
 # --- Command line ------------------------------------------------------------------------------
 
 
+def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | None = None) -> int:
+    """Write the vectors of a file's texts; returns their number. Memory is that of 4,096 texts.
+
+    Args:
+        source: a text a line, or JSON lines with a `text` field (.jsonl); `-` is standard input.
+        target: NumPy's format, float32 (N, d); or JSON lines (.jsonl, or `-` for standard output),
+            which repeat the fields of the input and add `vector`. It takes its name when whole.
+    """
+    as_json = target == "-" or target.endswith(".jsonl")
+    part = Path(f"{target}.part")
+    done, start = 0, time.monotonic()
+
+    def write_header(out: BinaryIO) -> None:  # numpy leaves room in it for a larger N
+        shape = (done, model.decoder.config.hidden_size)
+        fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(out, fields)
+
+    with contextlib.ExitStack() as stack:
+        lines, out = sys.stdin.buffer, sys.stdout.buffer
+        if source != "-":
+            lines = stack.enter_context(existing(Path(source), "--input names it").open("rb"))
+        if target != "-":
+            stack.callback(part.unlink, missing_ok=True)
+            out = stack.enter_context(part.open("wb"))
+        if not as_json:
+            write_header(out)
+        while chunk := list(itertools.islice(lines, 4096)):
+            records = [read_record(line, source, done + i + 1) for i, line in enumerate(chunk)]
+            vectors = model.encode([record["text"] for record in records], instruction)
+            if as_json:
+                for record, vector in zip(records, vectors, strict=True):
+                    record["vector"] = [round(float(x), 6) for x in vector]
+                    out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            else:
+                out.write(vectors.tobytes())
+            done += len(records)
+            pace = done / (time.monotonic() - start)
+            print(f"\r{done} texts, {pace:.0f} a second", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        if target != "-":
+            if not as_json:
+                out.seek(0)
+                write_header(out)
+            out.flush()
+            os.fsync(out.fileno())
+            os.replace(part, target)
+    return done
+
+
+def read_record(line: bytes, source: str, number: int) -> dict:
+    """A line as {"text": ...} and whatever else its JSON object holds."""
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+        record = json.loads(text) if source.endswith(".jsonl") else {"text": text}
+        if isinstance(record["text"], str):
+            return record
+    except UnicodeDecodeError:
+        raise ValueError(f"{source}, line {number}: not UTF-8") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{source}, line {number}: expected a JSON object with a string `text`")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python llm2vec.py", description="Turn texts into vectors."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    encode = commands.add_parser("encode", help="write the vectors of a file's lines")
-    encode.add_argument("--input", required=True, help="text file, one text a line")
-    encode.add_argument("--output", required=True, help="NumPy file to write, float32 (N, d)")
+    encode = commands.add_parser("encode", help="write the vectors of a file's texts")
+    add = encode.add_argument
+    add("--input", required=True, help="a text a line, or .jsonl with `text`; - is standard input")
+    add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
     similar = commands.add_parser("similar", help="print the cosines between a few sentences")
     similar.add_argument("texts", nargs="+", help="sentences, each in quotation marks")
     for command in (encode, similar):
         command.add_argument("--model", required=True, help="checkpoint folder")
+        command.add_argument("--adapters", nargs="*", default=[], help="folders to merge, in order")
         command.add_argument("--instruction", help="read in front of each text, not averaged")
     args = parser.parse_args()
-
-    texts = args.texts if args.command == "similar" else None
-    if texts is None:
-        file = existing(Path(args.input), "--input names the file of texts")
-        texts = file.read_text(encoding="utf-8").splitlines()
-    model = LLM2Vec.from_pretrained(args.model)
-    vectors = model.encode(texts, args.instruction, progress=args.command == "encode")
+    model = LLM2Vec.from_pretrained(args.model, args.adapters)
     if args.command == "encode":
-        with open(args.output, "wb") as output:
-            np.save(output, vectors)
+        encode_file(model, args.input, args.output, args.instruction)
         return
+    vectors = model.encode(args.texts, args.instruction)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    for row, text in zip(unit @ unit.T, texts, strict=True):
+    for row, text in zip(unit @ unit.T, args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
 
 

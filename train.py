@@ -11,7 +11,13 @@ batches and their loss, and share the loop `fit`.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
+import math
+import os
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,21 +25,26 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from data.benchmarks import STSB_TEST, masked_accuracy, sts
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
 from llm2vec import (
     POOLING,
+    Decoder,
     LLM2Vec,
     batches_by_length,
     contrastive_loss,
     mask_tokens,
     mntp_loss,
+    read_json,
     run,
     tokenize,
 )
-from lora import add_lora, merge_lora, save_adapter
+from lora import add_lora, load_adapter, merge_lora, save_adapter
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 MASK_TOKEN = "_"  # the plain token that the paper hides others with
@@ -57,6 +68,7 @@ class Settings:
     mask_rate: float | None = None  # share of tokens hidden; None: by model_type, see MASKING
     max_tokens: int = 8192  # in one forward pass, padding included; more are taken in parts
     recompute: bool = False  # keep one tensor a layer and compute the rest twice: less memory
+    save_every: int = 50  # steps between two saved states
     seed: int = 0
 
 
@@ -82,55 +94,189 @@ MASKING = {"llama": (0.2, (0.8, 0.1)), "mistral": (0.8, (1.0, 0.0))}
 # --- The loop ----------------------------------------------------------------------------------
 
 # One optimiser step's gradients: takes a batch, leaves gradients, returns its loss and tokens.
-Backward = Callable[[object], tuple[float, int]]
+Backward = Callable[[list], tuple[float, int]]
 
 
 def fit(
-    model: LLM2Vec, batches: Iterator, backward: Backward, settings: Settings, folder: Path
+    model: LLM2Vec, items: Sequence, backward: Backward, settings: Settings, folder: Path
 ) -> None:
     """Train fresh adapters on a frozen model, write them to `folder`, and merge them.
 
-    AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. The log is
-    `folder`/log.jsonl and, shorter, standard output.
+    AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. Everything
+    random in a step follows from the seed and the step's number, so a run that was stopped goes on
+    from its newest state and ends with the same bits as one that was not.
     """
+    decoder = model.decoder
+    if not open_run(
+        folder, asdict(settings) | {"data": digest(items), "model": digest_of(decoder)}
+    ):
+        load_adapter(decoder, folder)  # this stage was finished before
+        merge_lora(decoder)
+        return
     torch.manual_seed(settings.seed)
-    decoder = model.decoder.train()
-    parameters = add_lora(decoder, settings.rank, settings.alpha, settings.dropout)
+    parameters = add_lora(decoder.train(), settings.rank, settings.alpha, settings.dropout)
     decoder.config.attention_dropout = settings.attention_dropout
     decoder.recompute = settings.recompute
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda done: min(
-            (done + 1) / max(1, settings.warm_up),
-            (settings.steps - done) / max(1, settings.steps - settings.warm_up),
-        ),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
-    with Log(folder / "log.jsonl", settings.steps) as log:
-        for step in range(1, settings.steps + 1):
-            loss, tokens = backward(next(batches))
-            if not loss < float("inf"):
-                raise ValueError(f"step {step}: the loss is {loss}; try a lower --lr")
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            lr = schedule.get_last_lr()[0]
+    done = load_state(folder, parameters, optimizer)
+    with Log(folder / "log.jsonl", settings.steps, done) as log, stop_signals() as stop:
+        for step in range(done, settings.steps):
+            torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
+            loss, tokens = backward(batch_at(step, items, settings.batch, settings.seed))
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not math.isfinite(loss + norm.item()):
+                save_state(folder, step, parameters, optimizer)
+                what = f"the loss is {loss} and the gradient's norm {norm.item()}"
+                raise ValueError(f"step {step + 1}: {what}; the state before it is in {folder}")
+            lr = learning_rate(step, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
-            log(step, loss, lr, tokens)
+            log(step + 1, loss, lr, tokens)
+            if stop or (step + 1) % settings.save_every == 0:
+                save_state(folder, step + 1, parameters, optimizer)
+            if stop:
+                print(f"\nstopped after step {step + 1}; the same command goes on from there")
+                sys.exit(128 + stop[0])
     decoder.config.attention_dropout = 0.0
     decoder.recompute = False
     decoder.eval()
     save_adapter(decoder, folder)
+    for state in folder.glob("state-*.safetensors"):
+        state.unlink()
     merge_lora(decoder)
 
 
-class Log:
-    """Loss (mean since the last line), learning rate, pace and time left, some hundred times."""
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear from 0 to `lr` in warm_up steps, then linear to 0 at the end; step counts from 0."""
+    rise = (step + 1) / max(1, settings.warm_up)
+    fall = (settings.steps - step) / max(1, settings.steps - settings.warm_up)
+    return settings.lr * min(rise, fall)
 
-    def __init__(self, file: Path, steps: int):
-        self.file, self.steps = file.open("w"), steps
+
+def batch_at(step: int, items: Sequence, size: int, seed: int) -> list:
+    """Batch number `step`: every item once an epoch, in an order that seed and epoch give."""
+    size = min(size, len(items))
+    epoch, place = divmod(step, len(items) // size)
+    generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
+    order = torch.randperm(len(items), generator=generator)
+    return [items[i] for i in order[place * size : (place + 1) * size].tolist()]
+
+
+# --- The run folder: what a stage leaves, and goes on from --------------------------------------
+# settings.json, log.jsonl, the newest two states while it runs, the adapter when it is done.
+
+
+def open_run(folder: Path, identity: dict) -> bool:
+    """Make or check a run folder; False if its stage is finished already.
+
+    Raises ValueError if the folder holds something else, or a run with other settings or data.
+    """
+    file = folder / "settings.json"
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder}: is not empty and not a run folder; choose another --output"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
+    before = read_json(file)
+    for key in identity.keys() - {
+        "max_tokens",
+        "recompute",
+        "save_every",
+    }:  # these change no result
+        if before.get(key) != identity[key]:
+            change = f"{key} was {before.get(key)!r} and is {identity[key]!r}"
+            raise ValueError(
+                f"{folder}: a run with other settings, {change}; --overwrite restarts it"
+            )
+    return not (folder / "adapter_config.json").exists()
+
+
+def save_state(
+    folder: Path, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write adapters and Adam's moments after `step` steps; keep this state and the one before."""
+    tensors = {f"{i}.weight": p.detach() for i, p in enumerate(parameters)}
+    for i, p in enumerate(parameters):
+        tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
+    write_whole(folder / f"state-{step:08d}.safetensors", save_bytes(tensors))
+    for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+@torch.no_grad()
+def load_state(
+    folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> int:
+    """Go back to the newest whole state; returns the number of steps done, 0 without a state."""
+    for file in sorted(folder.glob("state-*.safetensors"), reverse=True):
+        try:
+            tensors = load_file(file)
+        except SafetensorError:
+            continue
+        for i, p in enumerate(parameters):
+            own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
+            p.copy_(own.pop("weight"))
+            if own:
+                optimizer.state[p] = {
+                    k: v if k == "step" else v.to(p.device) for k, v in own.items()
+                }
+        return int(file.stem.removeprefix("state-"))
+    return 0
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that its name never stands for a part of it, whatever stops the process."""
+    part = file.with_name(file.name + ".part")
+    with part.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(part, file)
+
+
+def digest(items: Sequence) -> str:
+    """A short fingerprint of training data, texts or blocks of tokens."""
+    sha = hashlib.sha256()
+    for item in items:
+        sha.update(item.encode() if isinstance(item, str) else item.numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def digest_of(decoder: Decoder) -> str:
+    """A short fingerprint of a model: of the first numbers of every weight."""
+    firsts = [p.detach().flatten()[:256].float().cpu() for p in decoder.parameters()]
+    return digest([torch.cat(firsts)])
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM are added to, instead of ending the process in mid-step."""
+    received: list[int] = []
+    before = {s: signal.signal(s, lambda s, _: received.append(s)) for s in (2, 15)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """Loss (mean since the last line), learning rate, pace and time left, some hundred times.
+
+    As JSON lines in `file`, which starts again after step `done`, and as text on standard output:
+    in place on a terminal, a line now and then elsewhere.
+    """
+
+    def __init__(self, file: Path, steps: int, done: int):
+        kept = file.read_text().splitlines() if file.exists() else []
+        kept = [line for line in kept if json.loads(line)["step"] <= done]
+        self.file, self.steps, self.first = file.open("w"), steps, done
+        print(*kept, sep="\n", end="\n" * bool(kept), file=self.file)
+        self.before = json.loads(kept[-1])["seconds"] if kept else 0.0
         self.start = self.shown = self.last = time.monotonic()
         self.losses, self.tokens = [], 0
 
@@ -154,7 +300,8 @@ class Log:
             "loss": sum(self.losses) / len(self.losses),
             "lr": lr,
             "tokens_per_second": self.tokens / max(now - self.last, 1e-9),
-            "seconds_left": (now - self.start) / step * (self.steps - step),
+            "seconds": self.before + now - self.start,
+            "seconds_left": (now - self.start) / (step - self.first) * (self.steps - step),
         }
         print(json.dumps(line), file=self.file, flush=True)
         self.losses, self.tokens, self.last = [], 0, now
@@ -168,16 +315,6 @@ class Log:
         elif now - self.shown > 15 or step == self.steps:
             print(text, flush=True)
             self.shown = now
-
-
-def shuffled(items: Sequence, batch: int, seed: int) -> Iterator[list]:
-    """Batches without end: every item once in a new order, then again. Short ones are skipped."""
-    batch = min(batch, len(items))
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(items), generator=generator).tolist()
-        for i in range(0, len(items) - batch + 1, batch):
-            yield [items[j] for j in order[i : i + batch]]
 
 
 # --- Step 2: masked next-token prediction ------------------------------------------------------
@@ -198,8 +335,9 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
     device = model.decoder.embed_tokens.weight.device
     added = model.tokenizer.get_added_tokens_decoder()
     special = torch.tensor([i for i, token in added.items() if token.special] or [-1])
-    generator = torch.Generator().manual_seed(settings.seed)
 
+    # Only as many documents are tokenised as the run will read, in random order.
+    generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
     chunks = (order[i : i + 256] for i in range(0, len(order), 256))
     rows = (e.ids for c in chunks for e in model.tokenizer.encode_batch([documents[i] for i in c]))
@@ -208,7 +346,7 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
     def backward(batch: list[Tensor]) -> tuple[float, int]:
         ids = torch.stack(batch)
         maskable = ~torch.isin(ids, special)
-        masked, chosen = mask_tokens(ids, mask_id, V, rate, fate, maskable, generator)
+        masked, chosen = mask_tokens(ids, mask_id, V, rate, fate, maskable)
         total, loss = int(chosen.sum()), 0.0
         n = max(1, settings.max_tokens // settings.length)
         for part in zip(masked.split(n), ids.split(n), chosen.split(n), strict=True):
@@ -217,7 +355,7 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
             loss += part_loss.item()
         return loss, ids.numel()
 
-    fit(model, shuffled(blocks, settings.batch, settings.seed), backward, settings, folder)
+    fit(model, blocks, backward, settings, folder)
 
 
 # --- Step 3: SimCSE ----------------------------------------------------------------------------
@@ -236,7 +374,7 @@ def train_simcse(
         loss = contrast(model, rows, settings.max_tokens)
         return loss, 2 * sum(len(ids) for ids, _ in rows)
 
-    fit(model, shuffled(texts, settings.batch, settings.seed), backward, settings, folder)
+    fit(model, texts, backward, settings, folder)
 
 
 def contrast(model: LLM2Vec, rows: Sequence, max_tokens: int) -> float:
@@ -248,40 +386,26 @@ def contrast(model: LLM2Vec, rows: Sequence, max_tokens: int) -> float:
     again, with the same dropout, and pass its vectors' gradient on.
     """
     parts = list(batches_by_length([len(ids) for ids, _ in rows], max_tokens // 2))
+    seeds = torch.randint(2**62, (len(parts),)).tolist()
 
-    def two_views(part: list[int]) -> Tensor:  # (2, n, d): dropout makes them differ
+    def two_views(part: list[int], seed: int) -> Tensor:  # (2, n, d): dropout makes them differ
+        torch.manual_seed(seed)
         once = [rows[i] for i in part]
         return model.embed([*once, *once]).unflatten(0, (2, len(once)))
 
     if len(parts) == 1:
-        loss = contrastive_loss(*two_views(parts[0]))
+        loss = contrastive_loss(*two_views(parts[0], seeds[0]))
         loss.backward()
         return loss.item()
-    states, views = [], []
     with torch.no_grad():
-        for part in parts:
-            states.append(random_state())
-            views.append(two_views(part))
-    joined = torch.cat(views, dim=1).requires_grad_()
+        vectors = [two_views(part, seed) for part, seed in zip(parts, seeds, strict=True)]
+    joined = torch.cat(vectors, dim=1).requires_grad_()
     loss = contrastive_loss(*joined)
     loss.backward()
-    after = random_state()
-    for part, state, gradient in zip(
-        parts, states, joined.grad.split([len(p) for p in parts], dim=1), strict=True
-    ):
-        random_state(state)
-        two_views(part).backward(gradient)
-    random_state(after)
+    gradients = joined.grad.split([len(part) for part in parts], dim=1)
+    for part, seed, gradient in zip(parts, seeds, gradients, strict=True):
+        two_views(part, seed).backward(gradient)
     return loss.item()
-
-
-def random_state(new: list[Tensor] | None = None) -> list[Tensor]:
-    """The state of torch's generators, CPU and GPU; with `new`, set it first."""
-    if new is not None:
-        torch.set_rng_state(new[0])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(new[1])
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] * torch.cuda.is_available())
 
 
 STAGES = {"mntp": train_mntp, "simcse": train_simcse}
@@ -328,14 +452,15 @@ def table(rows: dict[str, dict]) -> str:
 
 def run_everything(args: argparse.Namespace) -> None:
     """The whole method on the bundled tiny Llama, scored before and after each step."""
+    output = Path(args.output)
     documents, held_out = split_documents(read_documents(WIKIPEDIA))
     model = LLM2Vec.from_pretrained(TINY, is_causal=True)
-    rows, start = {}, time.monotonic()
+    rows = {}
 
-    def score(name: str) -> None:
-        nonlocal start
+    def score(name: str, training: float = 0.0) -> None:
+        start = time.monotonic()
         rows[name] = evaluate(model, held_out)
-        rows[name]["seconds"], start = time.monotonic() - start, time.monotonic()
+        rows[name]["seconds"] = training + time.monotonic() - start
 
     score("causal")
     model.decoder.config.is_causal = False  # step 1
@@ -347,13 +472,20 @@ def run_everything(args: argparse.Namespace) -> None:
         print(
             f"{title}: {settings.steps} steps of {settings.batch} x {settings.length}", flush=True
         )
-        STAGES[stage](model, documents, settings, Path(args.output) / stage)
-        score(title)
-    encoder = Path(args.output) / "encoder"
-    model.save(encoder)
-    (Path(args.output) / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+        clear(output / stage, args.overwrite)
+        STAGES[stage](model, documents, settings, output / stage)
+        last_line = (output / stage / "log.jsonl").read_text().splitlines()[-1]
+        score(title, json.loads(last_line)["seconds"])
+    model.save(output / "encoder")
+    write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
     print(f"\n{table(rows)}\n")
-    print_next(encoder)
+    print_next(output / "encoder")
+
+
+def clear(folder: Path, overwrite: bool) -> None:
+    """With --overwrite, remove a run folder, and never any other."""
+    if overwrite and (folder / "settings.json").exists():
+        shutil.rmtree(folder)
 
 
 def print_next(encoder: Path) -> None:
@@ -371,6 +503,7 @@ def run_stage(args: argparse.Namespace) -> None:
     )
     documents, _ = split_documents(read_documents(args.corpus))
     model = LLM2Vec.from_pretrained(args.model, args.adapters)
+    clear(Path(args.output), args.overwrite)
     STAGES[args.command](model, documents, settings, Path(args.output))
     print(f"The adapter is in {args.output}")
     if args.command == "simcse":
@@ -397,6 +530,8 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(run=run_everything)
     top.add_argument("--output", default="runs/tiny", help="run folder (default: %(default)s)")
     top.add_argument("--steps", type=positive, help="steps of each stage (default: its settings)")
+    again = {"action": "store_true", "help": "start anew instead of going on"}
+    top.add_argument("--overwrite", **again)
     commands = top.add_subparsers(dest="command", title="commands", metavar="")
     for name, about in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
@@ -411,7 +546,8 @@ def parser() -> argparse.ArgumentParser:
             add("--causal", action="store_true", help="leave out step 1: attend to the left only")
             continue
         command.set_defaults(run=run_stage)
-        add("--output", required=True, help="run folder: adapter, log, settings")
+        add("--output", required=True, help="run folder; a run that is there goes on")
+        add("--overwrite", **again)
         add("--preset", default="paper", choices=SETTINGS[name], help="(default: %(default)s)")
         for field in fields(Settings):
             if field.name in FLAGS and (field.name != "mask_rate" or name == "mntp"):

@@ -22,7 +22,7 @@ def read_sts(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
         raise FileNotFoundError(f"{path}: no such benchmark file")
     gold, left, right = [], [], []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8") from None
     for number, line in enumerate(lines, start=1):
