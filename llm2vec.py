@@ -1,17 +1,20 @@
 """LLM2Vec in one file: a decoder-only language model becomes a text encoder.
 
-The method (BehnamGhader et al. 2024, arXiv 2404.05961) has three steps. Read this file top to
-bottom and you have met all of them:
+The method (BehnamGhader et al. 2024, arXiv 2404.05961) has three steps. Read this file from the
+top and you will have met all of them:
 
     Config             what config.json says of a Llama or Mistral checkpoint
     attention_mask     who may look at whom; step 1 is its argument `is_causal`
     Decoder            RMSNorm, rotary positions, grouped-query attention, SwiGLU
     from_pretrained    safetensors into those modules, tensor by tensor
-    tokens             text to token ids, and which of them a text's vector averages
+    tokenize           text to token ids, and which of them a text's vector averages
     pool               hidden states of a text to one vector
     mntp_loss          step 2: masked next-token prediction
     contrastive_loss   step 3: contrastive learning (SimCSE)
     LLM2Vec            all of it as an encoder: texts in, vectors out
+
+The method ends there. What follows turns an encoder into a folder that other tools load, and into
+a command line. Steps 2 and 3 are run by train.py, on the adapters of lora.py.
 
 What is notable here: modules carry the names of Hugging Face checkpoints, so that loading needs no
 table of names; every kind of attention is one boolean mask made by one function; there is no cache
@@ -409,7 +412,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 # --- Text to tokens ----------------------------------------------------------------------------
 # tokenizer.json says itself whether a BOS token goes in front. A text's vector averages the text's
-# own tokens: BOS and an instruction are attended to, but not averaged (section 3.1 and appendix).
+# own tokens: BOS and an instruction are attended to, but not averaged (section 3.2).
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -507,7 +510,7 @@ def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = No
 
 
 # --- Step 2: masked next-token prediction ------------------------------------------------------
-# Some tokens are hidden, and the model, which now sees both sides, has to name them (section 2.2).
+# Some tokens are hidden, and the model, which now sees both sides, has to name them (section 2.1).
 # The token at i is read off the state at i - 1, where a language model has always written its
 # guess of token i: the output head keeps the meaning that it was pre-trained with.
 
@@ -559,7 +562,7 @@ def mntp_loss(
     segments: Tensor | None = None,
     total: int | None = None,
 ) -> Tensor:
-    """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.2).
+    """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.1).
 
     All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only states in front of
     chosen tokens go through the vocabulary projection. `total` divides the sum instead of their
@@ -574,7 +577,7 @@ def mntp_loss(
 
 # --- Step 3: contrastive learning --------------------------------------------------------------
 # The same sentence is encoded twice with different dropout; the two vectors must be closer to each
-# other than to those of the other sentences of the batch (SimCSE, Gao et al. 2021; section 2.3).
+# other than to those of the other sentences of the batch (SimCSE, Gao et al. 2021; section 2.1).
 
 
 def contrastive_loss(
