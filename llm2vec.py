@@ -3,7 +3,7 @@
 The method (BehnamGhader et al. 2024, arXiv 2404.05961) has three steps. Read this file from the
 top and you will have met all of them:
 
-    Config             what config.json says of a Llama or Mistral checkpoint
+    Config             what config.json says of a Llama or Mistral checkpoint, or of a near relative
     attention_mask     who may look at whom; step 1 is its argument `is_causal`
     Decoder            RMSNorm, rotary positions, grouped-query attention, SwiGLU
     from_pretrained    safetensors into those modules, tensor by tensor
@@ -51,6 +51,14 @@ from torch.utils.checkpoint import checkpoint
 # ignored: a checkpoint that loads is a checkpoint that gives the right numbers.
 
 
+# The model types, and what transformers takes where their config.json is silent.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": {},  # biases on q, k and v
+    "qwen3": {"head_dim": 128},  # a norm on every head of q and k
+    "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True},  # layers without rotary positions
+}
 # The kinds of rotary scaling, and the numbers that each one needs.
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_SCALING = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
@@ -58,7 +66,7 @@ ROPE_SCALING = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
 
 @dataclass
 class Config:
-    """Shape and constants of a Llama or Mistral model, as transformers' config.json names them."""
+    """Shape and constants of a model, as transformers' config.json names them."""
 
     vocab_size: int
     hidden_size: int
@@ -72,6 +80,7 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": ...} and what ROPE_SCALING says it needs
     sliding_window: int | None = None
+    no_rope_layers: list[int] | None = None  # 0 for each layer without rotary positions, else 1
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     is_causal: bool = True  # step 1 of LLM2Vec sets this to False
@@ -88,14 +97,15 @@ class Config:
                 raise ValueError(f"{file}: {key} is {value!r}, expected {expected}")
 
         family = raw.get("model_type")
-        expect(family in ("llama", "mistral"), "model_type", "llama or mistral", family)
-        for key, only in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
-            expect(raw.get(key, only) == only, key, repr(only), raw.get(key))
+        known = isinstance(family, str) and family in FAMILIES
+        expect(known, "model_type", " or ".join(FAMILIES), family)
+        only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        for key, value in (only | {"use_sliding_window": False}).items():
+            expect(raw.get(key, value) == value, key, repr(value), raw.get(key))
         # A key that is left out means transformers' default; so does null, but for the window.
-        if family == "mistral":
-            raw = {"sliding_window": 4096, "num_key_value_heads": 8} | raw
+        raw = FAMILIES[family] | raw
         given = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
-        if family == "llama":
+        if family != "mistral":
             given.pop("sliding_window", None)
         # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -126,6 +136,15 @@ class Config:
                 expect(number, key, "a number, 0 or more", value)
             elif field.type is bool:
                 expect(type(value) is bool, key, "true or false", value)
+        if family == "smollm3":
+            layers, every = given["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
+            expect(type(every) is int and every > 0, "no_rope_layer_interval", "1 or more", every)
+            given.setdefault("no_rope_layers", [int((i + 1) % every > 0) for i in range(layers)])
+            rotary = given["no_rope_layers"]
+            whole = isinstance(rotary, list) and len(rotary) == layers
+            expect(whole, "no_rope_layers", f"a list of {layers} numbers", rotary)
+        else:
+            given.pop("no_rope_layers", None)
         config = cls(**given)
         shared = config.num_attention_heads % config.num_key_value_heads == 0
         expect(shared, "num_attention_heads", "a multiple of num_key_value_heads", heads)
@@ -237,14 +256,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K key/value heads (Ainslie et al. 2023)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.config = config
-        d, D = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=False)
+        d, D, bias = config.hidden_size, config.head_dim, config.model_type == "qwen2"
+        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(D, config.rms_norm_eps)
+            self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        self.rotary = config.no_rope_layers is None or bool(config.no_rope_layers[layer])
 
     def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
@@ -252,7 +276,10 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, c.num_attention_heads, D).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, c.num_key_value_heads, D).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, c.num_key_value_heads, D).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # Repeating the heads costs little and lets every fast kernel of every torch take the mask.
         group = c.num_attention_heads // c.num_key_value_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -277,10 +304,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One block of the decoder."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -290,7 +317,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Llama or Mistral model: token ids to hidden states, and hidden states to logits.
+    """A language model: token ids to hidden states, and hidden states to logits.
 
     `decoder.config.is_causal` decides the direction of attention, and nothing else does.
     """
@@ -299,7 +326,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None  # tied to the embedding
         if not config.tie_word_embeddings:
@@ -750,11 +777,12 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
     special = [t["content"] for t in tokenizer["added_tokens"] if t["id"] not in in_front]
     kind = "ForCausalLM" if model.decoder.can_predict else "Model"
+    family = {"smollm3": "SmolLM3"}.get(config.model_type, config.model_type.capitalize())
     module = "sentence_transformers.models."
     return {
         "config.json": vars(config)
         | {
-            "architectures": [config.model_type.capitalize() + kind],
+            "architectures": [family + kind],
             "hidden_act": "silu",
             "torch_dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
         },

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from data.benchmarks import STSB_TEST, masked_accuracy, sts
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
 from llm2vec import (
+    FAMILIES,
     POOLING,
     Decoder,
     LLM2Vec,
@@ -88,7 +89,7 @@ SETTINGS = {
 }
 
 # Share of tokens to hide; of those, the share that becomes the mask token and a random one.
-MASKING = {"llama": (0.2, (0.8, 0.1)), "mistral": (0.8, (1.0, 0.0))}
+MASKING = dict.fromkeys(FAMILIES, (0.2, (0.8, 0.1))) | {"mistral": (0.8, (1.0, 0.0))}
 
 
 # --- The loop ----------------------------------------------------------------------------------

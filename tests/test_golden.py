@@ -20,6 +20,9 @@ MODELS = [
     "llama-tied-wide-heads",
     "mistral-window",
     "mistral-inner",
+    "qwen2",
+    "qwen3",
+    "smollm3",
 ]
 WITH_HEAD = [name for name in MODELS if name != "mistral-inner"]
 ADAPTED = ["llama-grouped", "mistral-window"]

@@ -21,7 +21,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
@@ -80,6 +89,7 @@ def write_checkpoints() -> list[Path]:
     """One folder a kind of model, and between them each kind of file that transformers writes."""
     multi_query = MistralConfig(**SHAPE | {"num_key_value_heads": 1}, sliding_window=None)
     tied = LlamaConfig(**SHAPE, tie_word_embeddings=True, head_dim=12)
+    no_rope = SmolLM3Config(**SHAPE, pad_token_id=PAD, no_rope_layer_interval=2)
     linear, llama3 = (LlamaConfig(**SHAPE, rope_parameters=rope) for rope in (LINEAR, LLAMA3))
     folders = [
         write_checkpoint("llama-grouped", 1, LlamaConfig(**SHAPE)),
@@ -88,6 +98,9 @@ def write_checkpoints() -> list[Path]:
         write_checkpoint("llama-tied-wide-heads", 4, tied),
         write_checkpoint("mistral-window", 5, MistralConfig(**SHAPE, sliding_window=WINDOW)),
         write_checkpoint("mistral-inner", 6, multi_query, dtype=torch.float32, auto=AutoModel),
+        write_checkpoint("qwen2", 7, Qwen2Config(**SHAPE)),
+        write_checkpoint("qwen3", 8, Qwen3Config(**SHAPE, head_dim=8)),
+        write_checkpoint("smollm3", 9, no_rope),
     ]
     make_older(folders[1] / "config.json")
     return folders
