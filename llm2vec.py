@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -442,8 +443,19 @@ def _weight_files(folder: Path) -> list[Path]:
 # own tokens: BOS and an instruction are attended to, but not averaged (section 3.2).
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text."""
+# What the authors' encoder writes around a text for the instruct models that it was used with.
+TEMPLATES = {
+    "mistral": ("[INST]", "[/INST]"),  # Mistral-Instruct, Llama-2-chat
+    "llama-3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+}
+
+
+def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
+    """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text.
+
+    With the name of a chat template, its markers stand around every text, however long; they become
+    part of the tokenizer, and of what it saves.
+    """
     file = existing(Path(folder) / "tokenizer.json", "the tokenizer is read from it")
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -451,6 +463,21 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{file}: not a tokenizer: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if template is not None:
+        if template not in TEMPLATES:
+            raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
+        if "[OPEN]" in tokenizer.to_str():
+            raise ValueError(f"{file}: has a chat template already")
+        opening, closing = TEMPLATES[template]
+        front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
+        back = tokenizer.encode(closing, add_special_tokens=False)
+        markers = [
+            {"id": name, "ids": e.ids, "tokens": e.tokens}
+            for name, e in (("[OPEN]", front), ("[CLOSE]", back))
+        ]
+        tokenizer.post_processor = TemplateProcessing(
+            single="[OPEN] $A [CLOSE]", pair="[OPEN] $A $B [CLOSE]", special_tokens=markers
+        )
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -458,11 +485,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def tokenize(
     tokenizer: Tokenizer, texts: Sequence[str], max_length: int, instruction: str | None = None
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of each text, and which of them are its own (no BOS or EOS, no instruction).
+    """Token ids of each text, and which of them are its own: no BOS, no instruction.
 
-    At most max_length tokens each, cut at the end. A text that has no token of its own is given
-    all that stands there, or token 0 where nothing does, so that its vector is finite.
-    Raises ValueError for what is not a string, and for an instruction that leaves no room.
+    What stands behind a text (a template's closing marker, EOS) counts as its own, as it does in
+    the authors' encoder and sentence-transformers. At most max_length tokens each: of a longer text
+    the end is cut, never a marker. A text that has no token of its own is given all that stands
+    there, or token 0 where nothing does, so that its vector is finite. Raises ValueError for what
+    is not a string, and where an instruction or template leaves no room for text.
     """
     if isinstance(texts, str):
         raise ValueError("texts is one string, expected a list of strings: put it in brackets")
@@ -470,8 +499,14 @@ def tokenize(
         if not isinstance(text, str):
             raise ValueError(f"text {i} is {type(text).__name__}, expected a string: {text!r:.60}")
     lead = instruction or ""
-    if lead and not lead[-1].isspace():
+    if lead and not lead.endswith("\n"):
         lead += "\n"
+    mask = tokenizer.encode(lead).special_tokens_mask
+    before = max((i + 1 for i, special in enumerate(mask) if not special), default=0)
+    if max_length <= tokenizer.num_special_tokens_to_add(False):
+        raise ValueError(
+            f"max_length {max_length} leaves no room beside the tokenizer's own tokens"
+        )
     tokenizer.enable_truncation(max_length)
     try:
         encodings = tokenizer.encode_batch([lead + text for text in texts])
@@ -479,16 +514,11 @@ def tokenize(
         tokenizer.no_truncation()
     rows = []
     for text, e in zip(texts, encodings, strict=True):
-        own = [
-            special == 0 and end > len(lead)
-            for special, (_, end) in zip(e.special_tokens_mask, e.offsets, strict=True)
-        ]
-        if not any(own):
-            if text.strip() and lead:
-                raise ValueError(
-                    f"the instruction leaves no room in {max_length} tokens: {lead!r:.60}"
-                )
-            own = [True] * len(own)
+        mask = e.special_tokens_mask
+        start = next((i for i, s in enumerate(mask) if i >= before and not s), 0)
+        if start == 0 and lead and text.strip():
+            raise ValueError(f"the instruction leaves no room in {max_length} tokens: {lead!r:.60}")
+        own = [i >= start for i in range(len(mask))]
         rows.append((e.ids, own) if e.ids else ([0], [True]))
     return rows
 
@@ -512,15 +542,15 @@ def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = No
 
     Args:
         weights: (B, T) non-negative numbers, or the name of a rule that makes them from `own`:
-            `mean`, what the paper found best; `weighted_mean`, 1, 2, 3... (SGPT, Muennighoff
-            2022); `last`, the usual choice for a causal model; `first`.
+            `mean`, what the paper found best; `weighted_mean`, by place in the row, 1, 2, 3...
+            (SGPT, Muennighoff 2022); `last`, the usual choice for a causal model; `first`.
         own: (B, T) booleans, the tokens that count; None for all of them.
     """
     if isinstance(weights, str):
         if own is None:
             own = torch.ones(hidden.shape[:2], device=hidden.device)
         own = own.float()
-        order = own.cumsum(1) * own  # 1, 2, 3... over the text's own tokens, else 0
+        order = torch.arange(1, own.shape[1] + 1, device=own.device) * own  # the own tokens' places
         if weights == "mean":
             weights = own
         elif weights == "weighted_mean":
@@ -528,7 +558,7 @@ def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = No
         elif weights == "last":
             weights = (order == order.amax(1, keepdim=True)) * own
         elif weights == "first":
-            weights = order == 1
+            weights = (own.cumsum(1) == 1) * own
         else:
             raise ValueError(f"pooling {weights!r}: expected {', '.join(POOLING)}")
     weights = weights.float()
@@ -649,17 +679,19 @@ class LLM2Vec:
         is_causal: bool = False,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        template: str | None = None,
     ) -> "LLM2Vec":
         """Load a checkpoint folder and merge adapter folders into it, in the order given.
 
-        dtype and device default to bfloat16 on a GPU, else float32 on the CPU.
+        template is the name of an instruct model's chat template, see TEMPLATES. dtype and device
+        default to bfloat16 on a GPU, else float32 on the CPU.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         Config.from_pretrained(folder)  # complain of small files before reading the large ones
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, template)
         decoder = Decoder.from_pretrained(folder, dtype, device)
         decoder.config.is_causal = is_causal  # step 1 of the method, entire
         for adapter in adapters:
@@ -764,42 +796,55 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
 
     sentence-transformers averages all tokens, BOS included, but for those of a prompt. So where
     the tokenizer puts BOS in front, the default prompt is a character that the tokenizer drops:
-    what is left of the prompt is BOS, which then is read and not averaged, as here.
+    what is left of the prompt is BOS, which then is read and not averaged, as here. It allows for
+    one token behind a prompt; with a template that closes with more, its files are left out.
     """
     config, tokenizer = model.decoder.config, json.loads(model.tokenizer.to_str())
     alone = model.tokenizer.encode("a")
-    in_front = [
-        i for i, special in zip(alone.ids, alone.special_tokens_mask, strict=True) if special
-    ]
+    own = alone.special_tokens_mask.index(0)
+    in_front = alone.ids[:own]
+    behind = [i for i, s in zip(alone.ids, alone.special_tokens_mask, strict=True) if s][own:]
     drop = {"type": "Replace", "pattern": {"String": NOTHING}, "content": ""}
+    pre = tokenizer["pre_tokenizer"] or {}
+    if in_front and pre.get("prepend_scheme") == "first":  # with a prompt, it would not be first
+        pre["prepend_scheme"] = "always"
     if in_front and NOTHING not in json.dumps(tokenizer["normalizer"], ensure_ascii=False):
         steps = [drop, tokenizer["normalizer"]] if tokenizer["normalizer"] else [drop]
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
     special = [t["content"] for t in tokenizer["added_tokens"] if t["id"] not in in_front]
+    other = next(i for i in range(len(in_front) + 1) if i not in in_front)
+    pad = (special or [model.tokenizer.id_to_token(other)])[0]
     kind = "ForCausalLM" if model.decoder.can_predict else "Model"
     family = {"smollm3": "SmolLM3"}.get(config.model_type, config.model_type.capitalize())
     module = "sentence_transformers.models."
-    return {
+    files = {
         "config.json": vars(config)
         | {
             "architectures": [family + kind],
             "hidden_act": "silu",
+            "pad_token_id": model.tokenizer.token_to_id(pad),
             "torch_dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
         },
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": (special or [model.tokenizer.id_to_token(0)])[0],
+            "pad_token": pad,
             "padding_side": "right",
+            "split_special_tokens": True,
             "model_max_length": model.max_length,
-        },
+        }
+        | ({"eos_token": model.tokenizer.id_to_token(behind[0])} if len(behind) == 1 else {}),
+    }
+    if len(behind) > 1:
+        return files
+    return files | {
         "modules.json": [
             {"idx": 0, "name": "0", "path": "", "type": module + "Transformer"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": module + "Pooling"},
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": config.hidden_size,
-            f"pooling_mode_{POOLING[model.pooling]}": True,
+            **{f"pooling_mode_{n}": n == POOLING[model.pooling] for n in POOLING.values()},
             "include_prompt": False,
         },
         "sentence_bert_config.json": {"max_seq_length": model.max_length, "do_lower_case": False},
@@ -911,8 +956,9 @@ def main() -> None:
         command.add_argument("--model", required=True, help="checkpoint folder")
         command.add_argument("--adapters", nargs="*", default=[], help="folders to merge, in order")
         command.add_argument("--instruction", help="read in front of each text, not averaged")
+        command.add_argument("--template", help=f"of an instruct model: {', '.join(TEMPLATES)}")
     args = parser.parse_args()
-    model = LLM2Vec.from_pretrained(args.model, args.adapters)
+    model = LLM2Vec.from_pretrained(args.model, args.adapters, template=args.template)
     if args.command == "encode":
         encode_file(model, args.input, args.output, args.instruction)
         return

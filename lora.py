@@ -154,9 +154,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, weight in state.items():
         name, _, part = key.removesuffix(".weight").rpartition(".")
-        name = name.removeprefix("base_model.model.").removeprefix("model.")
+        name = name.removeprefix("base_model.model.")  # may start with `model.`, as patterns may
         pairs.setdefault(name, {})[part] = weight
-    modules = dict(model.named_modules())
+    modules = {f"{p}{n}": m for n, m in model.named_modules() for p in ("", "model.")}
     for name, pair in pairs.items():
         module, rank = modules.get(name), _pattern(config, "rank_pattern", name, config["r"])
         if set(pair) != {"lora_A", "lora_B"}:
@@ -194,6 +194,9 @@ def _check(config: object, file: Path) -> None:
     for key in UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{file}: {key} is {config[key]!r}, which is not supported")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):  # these change the base
+        raise ValueError(f"{file}: init_lora_weights is {start!r}, which is not supported")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias is {config['bias']!r}, which is not supported")
 

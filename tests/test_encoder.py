@@ -1,6 +1,8 @@
 """Texts to vectors, checkpoints in and out, and what is said of bad ones."""
 
 import json
+import lzma
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -312,3 +314,79 @@ def test_an_error_is_one_line_and_status_2(args):
 
 def test_pool_of_nothing_is_finite():
     assert pool(torch.ones(1, 2, 3), "mean", torch.zeros(1, 2)).isfinite().all()
+
+
+# --- Chat templates ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory) -> Path:
+    """A folder with Mistral 7B's own tokenizer.json."""
+    folder = tmp_path_factory.mktemp("mistral")
+    packed = ROOT / "tests" / "golden" / "mistral-tokenizer.json.xz"
+    (folder / "tokenizer.json").write_bytes(lzma.decompress(packed.read_bytes()))
+    return folder
+
+
+def own_ids(row: tuple[list[int], list[bool]]) -> list[int]:
+    return [i for i, own in zip(*row, strict=True) if own]
+
+
+def test_mistral_tokens_and_the_span_that_is_averaged(mistral):
+    tokenizer = load_tokenizer(mistral)
+    [row] = tokenize(tokenizer, ["Hello world"], 512)
+    assert row[0] == [1, 22557, 1526] and own_ids(row) == [22557, 1526]
+    assert tokenizer.token_to_id("_") == 28730
+    [row] = tokenize(tokenizer, ["</s> x"], 512)
+    assert 2 not in row[0], "the name of a special token in a text is text"
+
+
+def test_the_mistral_template_is_attended_to_and_its_closing_marker_averaged(mistral):
+    opening, closing = [733, 16289, 28793], [733, 28748, 16289, 28793]  # [INST], [/INST]
+    tokenizer = load_tokenizer(mistral, "mistral")
+    [row] = tokenize(tokenizer, ["Hello world"], 512)
+    assert row[0] == [1, *opening, 22557, 1526, *closing]
+    assert row[0] == load_tokenizer(mistral).encode("[INST] Hello world [/INST]").ids
+    assert own_ids(row) == [22557, 1526, *closing]
+    [row] = tokenize(tokenizer, ["Hello"], 512, instruction="Find this:")
+    assert row[0] == load_tokenizer(mistral).encode("[INST] Find this:\nHello [/INST]").ids
+    assert own_ids(row) == [16230, *closing]
+    [row] = tokenize(tokenizer, ["Hello world and much more than fits"], 10)
+    assert row[0] == [1, *opening, 22557, 1526, *closing]
+    with pytest.raises(ValueError, match="max_length 8 leaves no room"):
+        tokenize(tokenizer, ["Hello"], 8)
+
+
+def test_the_llama_3_template_is_made_of_special_tokens(tmp_path):
+    words = ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {word: i for i, word in enumerate([*words, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(words)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    around = load_tokenizer(tmp_path, "llama-3")
+    [(ids, own)] = tokenize(around, ["a<|eot_id|>"], 512)
+    text = [vocab[letter] for letter in "a<|eot_id|>"]
+    user, line = [vocab[letter] for letter in "user"], vocab["Ċ"]
+    assert ids == [0, 1, *user, 2, line, line, *text, 3]
+    assert own == [False] * 9 + [True] * (len(text) + 1)
+
+
+def test_a_template_is_recorded_in_the_saved_folder(folder, mistral, tmp_path):
+    shutil.copy(mistral / "tokenizer.json", folder)
+    edit(folder / "config.json", vocab_size=32000)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        break_tensor(folder, lambda s, name=name: s.update({name: torch.randn(32000, 16)}))
+    model = LLM2Vec.from_pretrained(folder, template="mistral")
+    model.save(tmp_path / "out")
+    again = LLM2Vec.from_pretrained(tmp_path / "out")
+    assert np.array_equal(model.encode(["Hello world"]), again.encode(["Hello world"]))
+    assert not (tmp_path / "out" / "modules.json").exists()
+    with pytest.raises(ValueError, match="has a chat template already"):
+        LLM2Vec.from_pretrained(tmp_path / "out", template="mistral")
+    with pytest.raises(ValueError, match="template 'gpt'"):
+        LLM2Vec.from_pretrained(folder, template="gpt")

@@ -107,7 +107,7 @@ def test_pooling_by_hand():
     hidden = torch.tensor([[[1.0], [2.0], [4.0], [100.0]]])
     own = torch.tensor([[False, True, True, False]])
     assert pool(hidden, "mean", own).item() == 3
-    assert pool(hidden, "weighted_mean", own).item() == pytest.approx((1 * 2 + 2 * 4) / 3)
+    assert pool(hidden, "weighted_mean", own).item() == pytest.approx((2 * 2 + 3 * 4) / 5)
     assert pool(hidden, "last", own).item() == 4
     assert pool(hidden, "first", own).item() == 2
     assert pool(hidden, torch.tensor([[3.0, 1, 0, 0]])).item() == pytest.approx(5 / 4)
