@@ -872,7 +872,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield new
         if folder.exists():
             os.replace(folder, old)
-        os.replace(new, folder)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
 
 
 # --- Command line ------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 import json
 import lzma
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import llm2vec
 from data.corpus import WIKIPEDIA, read_documents
-from llm2vec import Config, Decoder, LLM2Vec, load_tokenizer, pool, tokenize
+from llm2vec import Config, Decoder, LLM2Vec, encode_file, load_tokenizer, pool, tokenize
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -283,7 +287,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
 # --- Command line ------------------------------------------------------------------------------
 
 
-def llm2vec(*args) -> subprocess.CompletedProcess:
+def run_llm2vec(*args) -> subprocess.CompletedProcess:
     command = [sys.executable, "llm2vec.py", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -292,11 +296,76 @@ def test_the_command_line_encodes_and_compares(encoder, tmp_path):
     texts = ["A man plays a guitar.", "", "Stocks fell."]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
     out = tmp_path / "vectors.npy"
-    done = llm2vec("encode", "--model", TINY, "--input", tmp_path / "texts.txt", "--output", out)
+    done = run_llm2vec(
+        "encode", "--model", TINY, "--input", tmp_path / "texts.txt", "--output", out
+    )
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(out), encoder.encode(texts), atol=1e-5)
-    done = llm2vec("similar", "--model", TINY, *texts[::2])
+    done = run_llm2vec("similar", "--model", TINY, *texts[::2])
     assert done.returncode == 0 and done.stdout.count("1.000") == 2 and texts[0] in done.stdout
+
+
+def test_json_lines_keep_their_fields(encoder, tmp_path):
+    lines = [{"id": 7, "text": "One."}, {"text": "Zwei\u2028noch zwei.", "lang": "de"}]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert encode_file(encoder, str(source), str(target)) == 2
+    found = [json.loads(line) for line in target.read_text().split("\n")[:-1]]
+    vectors = np.array([line.pop("vector") for line in found])
+    assert found == lines
+    np.testing.assert_allclose(vectors, encoder.encode([x["text"] for x in lines]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.txt", b"fine\n\xff\n", "a.txt, line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": 3}\n', "a.jsonl, line 2"),
+    ],
+)
+def test_a_bad_line_leaves_no_output(encoder, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        encode_file(encoder, str(tmp_path / name), str(tmp_path / "out.npy"))
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_killed_encode_leaves_no_output_that_looks_complete(tmp_path):
+    (tmp_path / "in.txt").write_text("A sentence of a few words.\n" * 200_000)
+    command = [sys.executable, "llm2vec.py", "encode", "--model", TINY]
+    command += ["--input", tmp_path / "in.txt", "--output", tmp_path / "out.npy"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out.npy.part").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out.npy").exists()
+
+
+def test_a_save_that_is_cut_short_leaves_what_was_there(encoder, folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    LLM2Vec.from_pretrained(folder).save(out)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    places = (
+        (llm2vec, "save_file", 1),
+        (Path, "write_text", 3),
+        (os, "replace", 1),
+        (os, "replace", 2),
+    )
+    for owner, name, countdown in places:
+        original = getattr(owner, name)
+
+        def full(*args, original=original, **kwargs):
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0:
+                raise OSError(28, "No space left on device")
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(owner, name, full)
+            encoder.save(out)
+        assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -307,7 +376,7 @@ def test_the_command_line_encodes_and_compares(encoder, tmp_path):
     ],
 )
 def test_an_error_is_one_line_and_status_2(args):
-    done = llm2vec(*args)
+    done = run_llm2vec(*args)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr
 
