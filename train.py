@@ -532,7 +532,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--steps", type=positive, help="steps of each stage (default: its settings)")
     again = {"action": "store_true", "help": "start anew instead of going on"}
     top.add_argument("--overwrite", **again)
-    commands = top.add_subparsers(dest="command", title="commands", metavar="")
+    commands = top.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     for name, about in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         add = command.add_argument

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_the_second_pass_in_parts_sees_the_same_dropout(documents):
     loss()
     direction = [p.grad.clone() for p in parameters]
     norm = torch.cat([d.flatten() for d in direction]).norm().item()
-    step = 1e-2 / norm
+    step = 1e-3 / norm
     with torch.no_grad():
         for p, d in zip(parameters, direction, strict=True):
             p += step * d
@@ -144,18 +145,28 @@ def test_duplicate_sentences_are_not_each_others_negatives(tmp_path):
         STAGES["simcse"](model, ["The same."] * 9, QUICK["simcse"], tmp_path)
 
 
-def test_two_views_differ_and_the_loss_falls(documents, tmp_path):
+def test_the_loss_falls_and_is_logged_with_its_schedule(documents, tmp_path):
     model = LLM2Vec.from_pretrained(TINY)
     settings = replace(QUICK["simcse"], steps=25, batch=16)
     STAGES["simcse"](model, documents, settings, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 26))
-    assert log[0]["loss"] > 0.01, "identical views would be told apart at once"
     assert sum(x["loss"] for x in log[-5:]) < sum(x["loss"] for x in log[:5])
     assert {"step", "steps", "loss", "lr", "tokens_per_second", "seconds_left"} <= set(log[0])
     warm_up = settings.warm_up
     expected = [settings.lr * min((i + 1) / warm_up, (25 - i) / (25 - warm_up)) for i in range(25)]
     assert [line["lr"] for line in log] == pytest.approx(expected)
+
+
+def test_dropout_makes_the_two_views_of_a_sentence_differ(documents):
+    model = LLM2Vec.from_pretrained(TINY)
+    [row] = tokenize(model.tokenizer, documents[:1], 32)
+    add_lora(model.decoder.train())  # fresh adapters add nothing, so this is attention dropout
+    model.decoder.config.attention_dropout = 0.3
+    first, second = model.embed([row, row])
+    assert not torch.allclose(first, second, atol=0.1)
+    model.decoder.config.attention_dropout = 0.0
+    assert torch.equal(*model.embed([row, row]))
 
 
 def test_contrastive_loss_at_chance_is_the_log_of_the_batch():
@@ -190,7 +201,7 @@ def test_everything_runs_and_ends_with_the_table(tmp_path):
         out = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
     assert (tmp_path / "vectors.npy").exists()
-    assert "step 2 of 2" in done.stdout and "\r" not in done.stdout
+    assert re.search("step +2 of 2", done.stdout) and "\r" not in done.stdout
 
 
 def test_stages_one_by_one(tmp_path):
@@ -219,7 +230,7 @@ def test_stages_one_by_one(tmp_path):
         (["mntp", "--model", TINY, "--output", "x", "--mask-rate", "1.5"], "--mask-rate"),
         (["evaluate", "--model", TINY, "--sts", "nowhere.tsv"], "nowhere.tsv"),
         (["evaluate", "--model", TINY, "--pooling", "median"], "median"),
-        (["--stepps", "3"], "--stepps"),
+        (["--stepps=3"], "--stepps"),
     ],
 )
 def test_an_error_names_what_is_wrong_and_leaves_nothing_behind(args, said, tmp_path):
