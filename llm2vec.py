@@ -117,7 +117,8 @@ class Config:
         expect(known, "rope_type", " or ".join(ROPE_SCALING), kind)
         for key in ROPE_SCALING[kind]:
             value = rope.get(key)
-            expect(type(value) in (int, float) and value > 0, key, "a number above 0", value)
+            number = type(value) in (int, float) and 0 < value < 1e15
+            expect(number, key, "a number above 0", value)
         given["rope_scaling"] = {k: rope[k] for k in ROPE_SCALING[kind]} | {"rope_type": kind}
         if "rope_theta" in rope:
             given["rope_theta"] = rope["rope_theta"]
@@ -129,11 +130,12 @@ class Config:
         for key, field in cls.__dataclass_fields__.items():
             value = given.get(key, field.default)
             if field.type is int or key == "sliding_window" and value is not None:
-                whole = type(value) is int and value > 0
+                below = 1000 if key == "num_hidden_layers" else 2**24
+                whole = type(value) is int and 0 < value < below
                 shown = None if key not in given else value
-                expect(whole, key, "a positive whole number", shown)
+                expect(whole, key, f"a positive whole number below {below}", shown)
             elif field.type is float:
-                number = type(value) in (int, float) and 0 <= value < math.inf
+                number = type(value) in (int, float) and 0 <= value < 1e15
                 expect(number, key, "a number, 0 or more", value)
             elif field.type is bool:
                 expect(type(value) is bool, key, "true or false", value)
@@ -162,7 +164,7 @@ def existing(file: Path, why: str) -> Path:
 def read_json(file: Path) -> dict:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise ValueError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(raw).__name__}")

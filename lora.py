@@ -147,7 +147,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         config, state = json.loads(config_file.read_text(encoding="utf-8")), load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config_file}: not valid JSON: {error}") from None
     _check(config, config_file)
 
@@ -191,6 +191,19 @@ def _check(config: object, file: Path) -> None:
     for key in ("r", "lora_alpha"):
         if type(config.get(key)) not in (int, float) or not config[key] > 0:
             raise ValueError(f"{file}: {key} is {config.get(key)!r}, expected a number above 0")
+    dropout = config.get("lora_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"{file}: lora_dropout is {dropout!r}, expected a number from 0 to below 1"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        try:
+            whole = all(re.compile(p) and v > 0 for p, v in patterns.items())
+        except (re.error, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{file}: {key} is not an object of patterns and numbers above 0")
     for key in UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{file}: {key} is {config[key]!r}, which is not supported")
