@@ -411,6 +411,8 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
                     weight = tensors.get_tensor(name)
                     if not weight.is_floating_point():
                         raise ValueError(f"{file}: tensor {name} has type {weight.dtype}")
+                    if not weight.isfinite().all():
+                        raise ValueError(f"{file}: tensor {name} holds NaN or infinity")
                     weight = nn.Parameter(weight.to(dtype), requires_grad=False)
                     setattr(decoder.get_submodule(module), leaf, weight)
         except SafetensorError as error:
@@ -500,6 +502,10 @@ def tokenize(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {i} is {type(text).__name__}, expected a string: {text!r:.60}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}") from None
     lead = instruction or ""
     if lead and not lead.endswith("\n"):
         lead += "\n"

@@ -102,6 +102,24 @@ def test_what_is_not_a_list_of_strings_is_refused(encoder, texts, name):
         encoder.encode(texts)
 
 
+DIRT = ["", " ", "\n", "\x00", "a\x00b", "\u200b", "\ufeffbom", "a\r\nb", "<|endoftext|>"]
+DIRT += ["\u05e9\u05dc\u05d5\u05dd \u202eright to left", "e\u0301\u0302\u0303" * 50]
+DIRT += ["\U0001f600" * 300, "ten megabytes " * 700_000]
+
+
+def test_dirty_text_has_a_finite_vector_alone_and_among_others(encoder):
+    others = ["A sentence among others.", "And another one, which is longer."] * 31
+    for dirt in DIRT:
+        alone, among = encoder.encode([dirt])[0], encoder.encode([*others, dirt])[-1]
+        assert np.isfinite(alone).all()
+        assert np.abs(alone - among).max() < 1e-5 * max(1, np.abs(alone).max())
+
+
+def test_half_a_surrogate_pair_is_refused(encoder):
+    with pytest.raises(ValueError, match="text 1 holds half a surrogate pair"):
+        encoder.encode(["fine", "a \ud800"])
+
+
 def test_bos_and_instruction_are_read_but_not_averaged(folder):
     model = LLM2Vec.from_pretrained(folder)
     tokenizer = model.tokenizer
@@ -210,6 +228,10 @@ def retype(state):
     state["model.norm.weight"] = state["model.norm.weight"].int()
 
 
+def spoil(state):
+    state["model.norm.weight"][3] = float("inf")
+
+
 @pytest.mark.parametrize(
     "change, name",
     [
@@ -217,6 +239,7 @@ def retype(state):
         (rename, "model.layers.1.mlp.upp_proj.weight has no place"),
         (reshape, r"layers.0.self_attn.k_proj.weight is \[7, 16\], expected \[8, 16\]"),
         (retype, "model.norm.weight has type torch.int32"),
+        (spoil, "model.norm.weight holds NaN or infinity"),
     ],
 )
 def test_a_wrong_tensor_is_named(folder, change, name):
