@@ -536,9 +536,10 @@ def parser() -> argparse.ArgumentParser:
     for name, about in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         add = command.add_argument
-        add("--model", required=True, help="Llama or Mistral checkpoint folder")
+        add("--model", required=True, help="checkpoint folder")
         add("--adapters", nargs="*", default=[], help="adapter folders to merge first, in order")
-        add("--corpus", default=WIKIPEDIA, help="text, a document a line, or .jsonl with `text`")
+        text = "text, a document a line, or .jsonl with `text` (default: the bundled Wikipedia)"
+        add("--corpus", default=WIKIPEDIA, help=text)
         if name == "evaluate":
             command.set_defaults(run=run_evaluate)
             add("--sts", default=STSB_TEST, help="score<TAB>a<TAB>b lines (default: STS-B test)")
