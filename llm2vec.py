@@ -663,6 +663,9 @@ def contrastive_loss(
 # --- The encoder -------------------------------------------------------------------------------
 
 
+MTEB = {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "show_progress_bar"}
+
+
 class LLM2Vec:
     """A decoder, its tokenizer and a pooling rule: texts in, vectors out."""
 
@@ -724,12 +727,21 @@ class LLM2Vec:
         instruction: str | None = None,
         max_tokens: int = 8192,
         progress: bool = False,
+        **mteb: object,
     ) -> np.ndarray:
         """Vectors of texts: a float32 array (N, d), not normalised, in the order of `texts`.
 
         Texts of like length share a batch of at most max_tokens tokens, padding included. The same
         text gets the same vector whatever it is batched with. Raises ValueError for a non-string.
+        MTEB's encoder protocol passes batches that hold texts under "text", and what it knows of
+        the task, which is not needed here.
         """
+        if mteb.keys() - MTEB:
+            raise TypeError(f"encode has no argument {min(mteb.keys() - MTEB)!r}")
+        if not isinstance(texts, str):
+            texts = list(texts)
+            if texts and isinstance(texts[0], dict):
+                texts = [text for batch in texts for text in batch["text"]]
         self.decoder.eval()
         rows = tokenize(self.tokenizer, texts, self.max_length, instruction)
         vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
@@ -742,6 +754,20 @@ class LLM2Vec:
         if progress:
             print(file=sys.stderr)
         return vectors
+
+    mteb_model_meta = None  # MTEB scores whatever has this, `encode` and `similarity`
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> Tensor:
+        """Cosines of all rows of a (N, d) with all rows of b (M, d): (N, M)."""
+        a, b = (torch.from_numpy(np.array(x, np.float32)) for x in (a, b))
+        return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+    @staticmethod
+    def similarity_pairwise(a: np.ndarray, b: np.ndarray) -> Tensor:
+        """Cosines of row i of a (N, d) with row i of b (N, d): (N,)."""
+        a, b = (torch.from_numpy(np.array(x, np.float32)) for x in (a, b))
+        return F.cosine_similarity(a, b, dim=-1)
 
     def save(self, folder: str | Path) -> None:
         """Write an ordinary checkpoint: a Hugging Face folder with sentence-transformers' files.
@@ -976,8 +1002,7 @@ def main() -> None:
         encode_file(model, args.input, args.output, args.instruction)
         return
     vectors = model.encode(args.texts, args.instruction)
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    for row, text in zip(unit @ unit.T, args.texts, strict=True):
+    for row, text in zip(model.similarity(vectors, vectors), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
 
 

@@ -182,11 +182,8 @@ def open_run(folder: Path, identity: dict) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
     before = read_json(file)
-    for key in identity.keys() - {
-        "max_tokens",
-        "recompute",
-        "save_every",
-    }:  # these change no result
+    changes_nothing = ("max_tokens", "recompute", "save_every")  # but memory and time
+    for key in (key for key in identity if key not in changes_nothing):
         if before.get(key) != identity[key]:
             change = f"{key} was {before.get(key)!r} and is {identity[key]!r}"
             raise ValueError(

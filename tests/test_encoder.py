@@ -120,6 +120,20 @@ def test_half_a_surrogate_pair_is_refused(encoder):
         encoder.encode(["fine", "a \ud800"])
 
 
+def test_batches_as_mteb_passes_them(encoder):
+    texts = ["One.", "And two.", "Three."]
+    batches = ({"text": texts[i : i + 2], "id": [i]} for i in (0, 2))
+    vectors = encoder.encode(batches, task_metadata=None, hf_split="test", hf_subset="default")
+    assert np.array_equal(vectors, encoder.encode(texts))
+    cosines = encoder.similarity(vectors, vectors)
+    np.testing.assert_allclose(cosines.diagonal(), 1, atol=1e-6)
+    np.testing.assert_allclose(
+        encoder.similarity_pairwise(vectors, vectors[::-1])[0], cosines[0, 2]
+    )
+    with pytest.raises(TypeError, match="'instrution'"):
+        encoder.encode(texts, instrution="typing error")
+
+
 def test_bos_and_instruction_are_read_but_not_averaged(folder):
     model = LLM2Vec.from_pretrained(folder)
     tokenizer = model.tokenizer
