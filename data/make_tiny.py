@@ -3,7 +3,7 @@
 # ///
 """Make data/tiny-llama, the causal Llama that the bundled commands start from.
 
-    python data/make_tiny.py          about two hours on two CPU cores
+    python data/make_tiny.py          about an hour and a half on two CPU cores
 
 Tokenizer: the first 6,000 merges of SmolLM2's byte-level BPE; its tokens are a prefix of
 SmolLM2's, with the same ids. Embeddings: SmolLM2's, reduced from 576 to 256 dimensions by PCA.
