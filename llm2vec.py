@@ -25,6 +25,7 @@ Shapes: B batch, T tokens, d width, H heads, K key/value heads, D head width, V 
 
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -381,7 +382,7 @@ class Decoder(nn.Module):
         with torch.device("meta"):  # shapes only; memory comes with each tensor
             decoder = cls(Config.from_pretrained(folder))
         load_weights(decoder, Path(folder), dtype, torch.device(device))
-        return decoder.eval()
+        return decoder.train(False)
 
 
 # --- Weights -----------------------------------------------------------------------------------
@@ -447,8 +448,12 @@ def _weight_files(folder: Path) -> list[Path]:
 # own tokens: BOS and an instruction are attended to, but not averaged (section 3.2).
 
 
-# What the authors' encoder writes around a text for the instruct models that it was used with.
+# What stands around a text: the markers that the authors' encoder writes for the instruct models
+# that it was used with; or, for a tokenizer without BOS (SmolLM2, Qwen), the token that stood
+# before each document in pre-training. A causal model parks attention that it has no use for on its
+# first token (Xiao et al. 2023, arXiv 2309.17453), which should not be a word of the text.
 TEMPLATES = {
+    "endoftext": ("<|endoftext|>", ""),
     "mistral": ("[INST]", "[/INST]"),  # Mistral-Instruct, Llama-2-chat
     "llama-3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
 }
@@ -742,7 +747,7 @@ class LLM2Vec:
             texts = list(texts)
             if texts and isinstance(texts[0], dict):
                 texts = [text for batch in texts for text in batch["text"]]
-        self.decoder.eval()
+        self.decoder.train(False)
         rows = tokenize(self.tokenizer, texts, self.max_length, instruction)
         vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
         done = 0
@@ -796,6 +801,41 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
         n = max(1, max_tokens // lengths[order[0]])
         yield order[:n]
         order = order[n:]
+
+
+# --- Many processes ----------------------------------------------------------------------------
+# Under torchrun, `python llm2vec.py encode` shares the texts out; train.py shares each batch out.
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def sum_of_ranks(vectors: np.ndarray) -> np.ndarray:
+    """The sum of all processes' arrays, each of which is zero where another's is not."""
+    if RANKS == 1:
+        return vectors
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    joined = torch.from_numpy(vectors).to(device)
+    torch.distributed.all_reduce(joined)
+    return joined.cpu().numpy()
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Meet the other processes of torchrun; one that is silent for a minute ends the run."""
+    if RANKS == 1:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    patience = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    try:
+        yield
+    except RuntimeError as error:  # what the backends raise
+        raise ValueError(f"process {RANK} of {RANKS} stopped: {error}") from None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- An ordinary checkpoint --------------------------------------------------------------------
@@ -938,14 +978,19 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
         lines, out = sys.stdin.buffer, sys.stdout.buffer
         if source != "-":
             lines = stack.enter_context(existing(Path(source), "--input names it").open("rb"))
-        if target != "-":
+        if RANK > 0:  # takes part in the encoding; process 0 writes
+            out = stack.enter_context(open(os.devnull, "wb"))
+        elif target != "-":
             stack.callback(part.unlink, missing_ok=True)
             out = stack.enter_context(part.open("wb"))
         if not as_json:
             write_header(out)
         while chunk := list(itertools.islice(lines, 4096)):
             records = [read_record(line, source, done + i + 1) for i, line in enumerate(chunk)]
-            vectors = model.encode([record["text"] for record in records], instruction)
+            texts = [record["text"] for record in records]
+            vectors = np.zeros((len(texts), model.decoder.config.hidden_size), np.float32)
+            vectors[RANK::RANKS] = model.encode(texts[RANK::RANKS], instruction)
+            vectors = sum_of_ranks(vectors)
             if as_json:
                 for record, vector in zip(records, vectors, strict=True):
                     record["vector"] = [round(float(x), 6) for x in vector]
@@ -954,9 +999,11 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
                 out.write(vectors.tobytes())
             done += len(records)
             pace = done / (time.monotonic() - start)
-            print(f"\r{done} texts, {pace:.0f} a second", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-        if target != "-":
+            if RANK == 0:
+                print(f"\r{done} texts, {pace:.0f} a second", end="", file=sys.stderr, flush=True)
+        if RANK == 0:
+            print(file=sys.stderr)
+        if RANK == 0 and target != "-":
             if not as_json:
                 out.seek(0)
                 write_header(out)
@@ -999,7 +1046,10 @@ def main() -> None:
     args = parser.parse_args()
     model = LLM2Vec.from_pretrained(args.model, args.adapters, template=args.template)
     if args.command == "encode":
-        encode_file(model, args.input, args.output, args.instruction)
+        if RANKS > 1 and args.input == "-":
+            raise ValueError("--input - is for one process: give a file that each can read")
+        with processes():
+            encode_file(model, args.input, args.output, args.instruction)
         return
     vectors = model.encode(args.texts, args.instruction)
     for row, text in zip(model.similarity(vectors, vectors), args.texts, strict=True):

@@ -2,8 +2,9 @@
 
 A frozen projection W gets two small matrices beside it: y = W x + (alpha / rank) B A dropout(x),
 with A (rank, in) and B (out, rank). B starts at zero, so a fresh adapter changes nothing; a trained
-one can be added into W, so that it costs nothing. Adapters stay in float32 while W may be bfloat16:
-an optimiser's steps are far smaller than bfloat16's spacing.
+one can be added into W, so that it costs nothing. Adapters are kept in float32 while W may be
+bfloat16, because an optimiser's steps are far smaller than bfloat16's spacing; they are multiplied
+in W's type, as mixed precision does.
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,8 +32,9 @@ class LoRALinear(nn.Linear):
     dropout: float
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        z = nn.functional.dropout(x.float(), self.dropout, self.training)
-        return super().forward(x) + (self.lora_B(self.lora_A(z)) * self.scale).to(x.dtype)
+        x_in = F.dropout(x, self.dropout, self.training)
+        A, B = self.lora_A.weight.to(x.dtype), (self.lora_B.weight * self.scale).to(x.dtype)
+        return super().forward(x) + F.linear(F.linear(x_in, A), B)
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, (out, in) float32."""

@@ -3,7 +3,10 @@
     python train.py                    all of it on the bundled tiny Llama, in minutes
     python train.py mntp ...           step 2 on your own Llama or Mistral folder
     python train.py simcse ...         step 3, on top of the adapter of step 2
+    python train.py supervised ...     the fourth stage, for those who have pairs
     python train.py evaluate ...       score a checkpoint, with or without adapters
+    python train.py inspect ...        see what looking both ways changes, layer by layer
+    python train.py plot RUN           see how a run went
 
 A stage is a function from a model and a corpus to an adapter: it freezes the weights, trains fresh
 adapters on them, and writes those. The next stage merges them first. The stages differ in their
@@ -13,6 +16,7 @@ batches and their loss, and share the loop `fit`.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -30,17 +34,33 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from data.benchmarks import STSB_TEST, masked_accuracy, sts
+from data.benchmarks import (
+    BASELINES,
+    EWT,
+    STS_FILES,
+    STSB_TEST,
+    WNUT,
+    articles,
+    masked_accuracy,
+    sts,
+    words,
+)
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
+from data.figures import curves_svg, heat_map, heat_map_svg, layer_cosines, read_log
+from data.pairs import PAIRS, read_pairs
 from llm2vec import (
     FAMILIES,
     POOLING,
+    RANK,
+    RANKS,
+    TEMPLATES,
     Decoder,
     LLM2Vec,
     batches_by_length,
     contrastive_loss,
     mask_tokens,
     mntp_loss,
+    processes,
     read_json,
     run,
     tokenize,
@@ -85,6 +105,11 @@ SETTINGS = {
         # So small a model solves the paper's task at once: hence more dropout and a higher rate.
         "tiny": Settings(length=24, batch=64, steps=40, lr=5e-3, warm_up=10, attention_dropout=0.6),
     },
+    "supervised": {
+        "paper": Settings(length=512, batch=512, steps=1000, lr=2e-4, warm_up=300, recompute=True),
+        "tiny": Settings(length=64, batch=32, steps=60, lr=2e-3, warm_up=10),
+        "laptop": Settings(length=64, batch=32, steps=60, lr=5e-4, warm_up=10, dropout=0.0),
+    },
 }
 
 # Share of tokens to hide; of those, the share that becomes the mask token and a random one.
@@ -98,18 +123,28 @@ Backward = Callable[[list], tuple[float, int]]
 
 
 def fit(
-    model: LLM2Vec, items: Sequence, backward: Backward, settings: Settings, folder: Path
+    model: LLM2Vec,
+    datasets: Sequence[Sequence],
+    backward: Backward,
+    settings: Settings,
+    folder: Path,
 ) -> None:
     """Train fresh adapters on a frozen model, write them to `folder`, and merge them.
 
     AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. Everything
     random in a step follows from the seed and the step's number, so a run that was stopped goes on
-    from its newest state and ends with the same bits as one that was not.
+    from its newest state and ends with the same bits as one that was not. `backward` leaves this
+    process's part of the gradients; see "Many processes" below.
     """
     decoder = model.decoder
-    if not open_run(
-        folder, asdict(settings) | {"data": digest(items), "model": digest_of(decoder)}
-    ):
+    identity = asdict(settings) | {
+        "data": digest(itertools.chain(*datasets)),
+        "model": digest_of(decoder),
+        "dtype": str(decoder.norm.weight.dtype),
+        "tokenizer": digest([model.tokenizer.to_str()]),
+        "processes": RANKS,
+    }
+    if not on_rank_0_first(lambda: open_run(folder, identity)):
         load_adapter(decoder, folder)  # this stage was finished before
         merge_lora(decoder)
         return
@@ -122,7 +157,9 @@ def fit(
     with Log(folder / "log.jsonl", settings.steps, done) as log, stop_signals() as stop:
         for step in range(done, settings.steps):
             torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
-            loss, tokens = backward(batch_at(step, items, settings.batch, settings.seed))
+            batch = batch_at(step, datasets, settings.batch, settings.seed)
+            loss, tokens = backward(batch)
+            loss, stopping = add_up(parameters, loss, bool(stop))
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not math.isfinite(loss + norm.item()):
                 save_state(folder, step, parameters, optimizer)
@@ -134,18 +171,22 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             log(step + 1, loss, lr, tokens)
-            if stop or (step + 1) % settings.save_every == 0:
+            if stopping or (step + 1) % settings.save_every == 0:
                 save_state(folder, step + 1, parameters, optimizer)
-            if stop:
-                print(f"\nstopped after step {step + 1}; the same command goes on from there")
-                sys.exit(128 + stop[0])
+            if stopping:
+                say(f"\nstopped after step {step + 1}; the same command goes on from there")
+                sys.exit(128 + (stop or [signal.SIGTERM])[0])
     decoder.config.attention_dropout = 0.0
     decoder.recompute = False
-    decoder.eval()
+    decoder.train(False)
+    on_rank_0_first(lambda: finish(decoder, folder) if RANK == 0 else None)
+    merge_lora(decoder)
+
+
+def finish(decoder: Decoder, folder: Path) -> None:
     save_adapter(decoder, folder)
     for state in folder.glob("state-*.safetensors"):
         state.unlink()
-    merge_lora(decoder)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -155,13 +196,54 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.lr * min(rise, fall)
 
 
-def batch_at(step: int, items: Sequence, size: int, seed: int) -> list:
-    """Batch number `step`: every item once an epoch, in an order that seed and epoch give."""
-    size = min(size, len(items))
-    epoch, place = divmod(step, len(items) // size)
+def batch_at(step: int, datasets: Sequence[Sequence], size: int, seed: int) -> list:
+    """Batch number `step`, from one dataset: every item once an epoch, as seed and epoch order it.
+
+    What is left of a dataset when it is cut into batches waits for another epoch's order. A dataset
+    smaller than a batch is one.
+    """
+    sizes = [min(size, len(items)) for items in datasets]
+    slots = [(d, i) for d, items in enumerate(datasets) for i in range(len(items) // sizes[d])]
+    epoch, place = divmod(step, len(slots))
     generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
-    order = torch.randperm(len(items), generator=generator)
-    return [items[i] for i in order[place * size : (place + 1) * size].tolist()]
+    orders = [torch.randperm(len(items), generator=generator) for items in datasets]
+    if len(datasets) > 1:  # their batches take turns at random
+        place = int(torch.randperm(len(slots), generator=generator)[place])
+    d, i = slots[place]
+    return [datasets[d][j] for j in orders[d][i * sizes[d] : (i + 1) * sizes[d]].tolist()]
+
+
+# --- Many processes ----------------------------------------------------------------------------
+# torchrun starts a process for each GPU. Each has the whole model and draws the whole batch, but
+# computes on its share of it. Losses are divided by counts of the whole batch, never of a share, so
+# the sum of the processes' gradients is the gradient; only adapters have any, so it is small.
+
+
+def add_up(parameters: list[nn.Parameter], loss: float, stop: bool) -> tuple[float, bool]:
+    """Sum gradients and loss over all processes; stop if one was asked to."""
+    if RANKS == 1:
+        return loss, stop
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    both = torch.tensor([loss, stop], device=parameters[0].device)
+    everything = torch.cat([*(grad.flatten() for grad in grads), both])
+    torch.distributed.all_reduce(everything)
+    sizes = [p.numel() for p in parameters]
+    for p, grad in zip(parameters, everything[:-2].split(sizes), strict=True):
+        p.grad = grad.view_as(p)
+    return everything[-2].item(), bool(everything[-1] > 0)
+
+
+def on_rank_0_first(make: Callable[[], object]) -> object:
+    """What `make` returns, called once process 0 has done what has to be done once."""
+    result = make() if RANK == 0 else None
+    if RANKS > 1:
+        torch.distributed.barrier()
+    return result if RANK == 0 else make()
+
+
+def say(text: str) -> None:
+    if RANK == 0:
+        print(text, flush=True)
 
 
 # --- The run folder: what a stage leaves, and goes on from --------------------------------------
@@ -196,6 +278,8 @@ def save_state(
     folder: Path, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     """Write adapters and Adam's moments after `step` steps; keep this state and the one before."""
+    if RANK > 0:
+        return
     tensors = {f"{i}.weight": p.detach() for i, p in enumerate(parameters)}
     for i, p in enumerate(parameters):
         tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
@@ -235,7 +319,7 @@ def write_whole(file: Path, content: bytes) -> None:
     os.replace(part, file)
 
 
-def digest(items: Sequence) -> str:
+def digest(items: Iterable) -> str:
     """A short fingerprint of training data, texts or blocks of tokens."""
     sha = hashlib.sha256()
     for item in items:
@@ -271,7 +355,8 @@ class Log:
     def __init__(self, file: Path, steps: int, done: int):
         kept = file.read_text().splitlines() if file.exists() else []
         kept = [line for line in kept if json.loads(line)["step"] <= done]
-        self.file, self.steps, self.first = file.open("w"), steps, done
+        self.steps, self.first = steps, done
+        self.file = (file if RANK == 0 else Path(os.devnull)).open("w")
         print(*kept, sep="\n", end="\n" * bool(kept), file=self.file)
         self.before = json.loads(kept[-1])["seconds"] if kept else 0.0
         self.start = self.shown = self.last = time.monotonic()
@@ -282,13 +367,13 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self.file.close()
-        if sys.stdout.isatty():
+        if RANK == 0 and sys.stdout.isatty():
             print()
 
     def __call__(self, step: int, loss: float, lr: float, tokens: int) -> None:
         self.losses.append(loss)
         self.tokens += tokens
-        if step % max(1, self.steps // 100) and step < self.steps:
+        if RANK > 0 or step % max(1, self.steps // 100) and step < self.steps:
             return
         now = time.monotonic()
         line = {
@@ -344,15 +429,17 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
         ids = torch.stack(batch)
         maskable = ~torch.isin(ids, special)
         masked, chosen = mask_tokens(ids, mask_id, V, rate, fate, maskable)
-        total, loss = int(chosen.sum()), 0.0
+        total, loss = int(chosen.sum()), 0.0  # of all processes
+        torch.manual_seed(torch.initial_seed() + 1 + RANK)  # for dropout
         n = max(1, settings.max_tokens // settings.length)
-        for part in zip(masked.split(n), ids.split(n), chosen.split(n), strict=True):
+        parts = zip(*(t[RANK::RANKS].split(n) for t in (masked, ids, chosen)), strict=True)
+        for part in parts:
             part_loss = mntp_loss(model.decoder, *(t.to(device) for t in part), total=total)
             part_loss.backward()
             loss += part_loss.item()
         return loss, ids.numel()
 
-    fit(model, blocks, backward, settings, folder)
+    fit(model, [blocks], backward, settings, folder)
 
 
 # --- Step 3: SimCSE ----------------------------------------------------------------------------
@@ -367,113 +454,187 @@ def train_simcse(
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
 
     def backward(batch: list[str]) -> tuple[float, int]:
-        rows = tokenize(model.tokenizer, batch, settings.length)
-        loss = contrast(model, rows, settings.max_tokens)
-        return loss, 2 * sum(len(ids) for ids, _ in rows)
+        rows = 2 * tokenize(model.tokenizer, batch, settings.length)  # dropout makes two views
+        return contrast(model, rows, lambda v: contrastive_loss(*v.chunk(2)), settings.max_tokens)
 
-    fit(model, texts, backward, settings, folder)
+    fit(model, [texts], backward, settings, folder)
 
 
-def contrast(model: LLM2Vec, rows: Sequence, max_tokens: int) -> float:
-    """Loss and gradients of a contrastive batch whose positives are the rows themselves.
+def contrast(
+    model: LLM2Vec, rows: Sequence, loss_of: Callable[[Tensor], Tensor], max_tokens: int
+) -> tuple[float, int]:
+    """Gradients of a contrastive batch; this process's share of its loss, and its tokens.
 
-    A batch that does not fit into one forward pass still has all its sentences as negatives, with
-    exact gradients (GradCache, Gao et al. 2021, arXiv 2101.06983): encode it in parts without
-    keeping activations; take the loss's gradient with respect to the vectors; encode each part
-    again, with the same dropout, and pass its vectors' gradient on.
+    loss_of takes the vectors of all rows, (len(rows), d), in their order. A batch that does not fit
+    into one forward pass, or that many processes share, still has all its candidates, with exact
+    gradients (GradCache, Gao et al. 2021, arXiv 2101.06983): encode it in parts without keeping
+    activations; take the loss's gradient with respect to the vectors; encode each part again, with
+    the same dropout, and pass its vectors' gradient on.
     """
-    parts = list(batches_by_length([len(ids) for ids, _ in rows], max_tokens // 2))
-    seeds = torch.randint(2**62, (len(parts),)).tolist()
+    lengths = [len(ids) for ids, _ in rows]
+    own = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::RANKS]
+    parts = [
+        [own[i] for i in part] for part in batches_by_length([lengths[i] for i in own], max_tokens)
+    ]
+    seed = int(torch.randint(2**62, ()))
 
-    def two_views(part: list[int], seed: int) -> Tensor:  # (2, n, d): dropout makes them differ
-        torch.manual_seed(seed)
-        once = [rows[i] for i in part]
-        return model.embed([*once, *once]).unflatten(0, (2, len(once)))
+    def vectors_of(part: list[int]) -> Tensor:
+        torch.manual_seed(seed + part[0])
+        return model.embed([rows[i] for i in part])
 
-    if len(parts) == 1:
-        loss = contrastive_loss(*two_views(parts[0], seeds[0]))
+    if RANKS == len(parts) == 1:
+        vectors = vectors_of(parts[0])[torch.tensor(parts[0]).argsort()]
+        loss = loss_of(vectors)
         loss.backward()
-        return loss.item()
+        return loss.item(), sum(lengths)
+    vectors = torch.zeros(
+        len(rows), model.decoder.config.hidden_size, device=model.decoder.norm.weight.device
+    )
     with torch.no_grad():
-        vectors = [two_views(part, seed) for part, seed in zip(parts, seeds, strict=True)]
-    joined = torch.cat(vectors, dim=1).requires_grad_()
-    loss = contrastive_loss(*joined)
+        for part in parts:
+            vectors[part] = vectors_of(part)
+    if RANKS > 1:
+        torch.distributed.all_reduce(vectors)  # of zeros and one process's vector each
+    loss = loss_of(vectors.requires_grad_())
     loss.backward()
-    gradients = joined.grad.split([len(part) for part in parts], dim=1)
-    for part, seed, gradient in zip(parts, seeds, gradients, strict=True):
-        two_views(part, seed).backward(gradient)
-    return loss.item()
+    for part in parts:
+        vectors_of(part).backward(vectors.grad[part])
+    return loss.item() / RANKS, sum(lengths)
 
 
-STAGES = {"mntp": train_mntp, "simcse": train_simcse}
+# --- The fourth stage: supervised contrastive learning -------------------------------------------
+
+
+def train_supervised(
+    model: LLM2Vec, datasets: Sequence[Sequence[str]], settings: Settings, folder: Path
+) -> None:
+    """Teach a model that a query is like what answers it: adapters, trained and merged.
+
+    datasets: of `read_pairs`. A batch comes from one of them; every positive and every hard
+    negative of the batch is a candidate for each of its queries (section 4 of the paper).
+    """
+
+    def backward(batch: list[str]) -> tuple[float, int]:
+        pairs = [json.loads(pair) for pair in batch]
+        queries = [
+            row
+            for pair in pairs
+            for row in tokenize(
+                model.tokenizer, [pair["query"]], settings.length, pair["instruction"]
+            )
+        ]
+        answers = [pair["positive"] for pair in pairs]
+        answers += [text for pair in pairs for text in pair["negatives"]]
+        rows = queries + tokenize(model.tokenizer, answers, settings.length)
+        n = len(pairs)
+        return contrast(
+            model,
+            rows,
+            lambda v: contrastive_loss(v[:n], v[n : 2 * n], v[2 * n :]),
+            settings.max_tokens,
+        )
+
+    fit(model, datasets, backward, settings, folder)
+
+
+STAGES = {"mntp": train_mntp, "simcse": train_simcse, "supervised": train_supervised}
 
 
 # --- Scores ------------------------------------------------------------------------------------
 
 
-def evaluate(model: LLM2Vec, held_out: Sequence[str], sts_file: str | Path = STSB_TEST) -> dict:
-    """STS, alignment and uniformity; masked-token accuracy on blocks of held-out documents."""
-    scores = sts(model, sts_file)
-    rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
-    blocks = cut_into_blocks(rows, length=128, limit=256)
-    scores["masked_accuracy"] = masked_accuracy(model, blocks, mask_id_of(model))
+BENCHMARKS = ("sts", "articles", "words", "masked")
+
+
+def evaluate(
+    model: LLM2Vec,
+    held_out: Sequence[str],
+    benchmarks: Sequence[str] = ("sts", "masked"),
+    sts_files: str | Path | Sequence[str | Path] = STSB_TEST,
+    columns: Sequence[Sequence[str | Path]] = (EWT, WNUT),
+) -> dict[str, float]:
+    """Scores by name, see data/benchmarks.py; masked tokens are those of held-out documents."""
+    scores = sts(model, sts_files) if "sts" in benchmarks else {}
+    if "articles" in benchmarks:
+        scores |= articles(model)
+    if "words" in benchmarks:
+        for train, test in columns:
+            scores |= words(model, train, test, {EWT[1]: "POS", WNUT[1]: "NER"}.get(test))
+    if "masked" in benchmarks and model.decoder.can_predict:
+        rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
+        blocks = cut_into_blocks(rows, length=128, limit=256)
+        scores["masked tokens"] = masked_accuracy(model, blocks, mask_id_of(model))
     return scores
 
 
-COLUMNS = {
-    "spearman": "STS Spearman",
-    "masked_accuracy": "masked-token accuracy",
-    "alignment": "alignment",
-    "uniformity": "uniformity",
-    "seconds": "seconds",
-}
+def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
+    """The encoders that a causal model is without training, by name."""
+    for name, (kind, pooling) in BASELINES.items():
+        yield name, kind(model.decoder, model.tokenizer, pooling, model.max_length)
 
 
-def table(rows: dict[str, dict]) -> str:
+def table(rows: dict[str, dict[str, float]]) -> str:
     """Rows of scores as a Markdown table, which is as readable in a terminal."""
-    lines = [f"| {'':30} | " + " | ".join(COLUMNS.values()) + " |"]
-    lines.append(
-        f"| {'-' * 30} | " + " | ".join("-" * (len(c) - 1) + ":" for c in COLUMNS.values()) + " |"
-    )
+    columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
+    columns.sort(key=lambda key: key == "seconds")  # last
+    first = max(map(len, rows))
+    lines = [" | ".join([" " * first, *(f"{c:>6}" for c in columns)])]
+    lines.append(" | ".join(["-" * first, *("-" * (max(6, len(c)) - 1) + ":" for c in columns)]))
     for name, scores in rows.items():
         cells = [
-            f"{scores[key]:{len(title)}.{0 if key == 'seconds' else 3}f}"
-            for key, title in COLUMNS.items()
+            f"{scores[c]:.{0 if c == 'seconds' else 3}f}" if c in scores else "" for c in columns
         ]
-        lines.append(f"| {name:30} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [f"{x:>{max(6, len(c))}}" for x, c in zip(cells, columns, strict=True)]
+        lines.append(" | ".join([f"{name:{first}}", *cells]))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 # --- Commands ----------------------------------------------------------------------------------
 
 
+def load(args: argparse.Namespace, adapters: Sequence[str] = (), **how) -> LLM2Vec:
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return LLM2Vec.from_pretrained(args.model, adapters, dtype=dtype, template=args.template, **how)
+
+
 def run_everything(args: argparse.Namespace) -> None:
-    """The whole method on the bundled tiny Llama, scored before and after each step."""
+    """The whole method, scored before and after each step; by default on the bundled tiny Llama."""
     output = Path(args.output)
     documents, held_out = split_documents(read_documents(WIKIPEDIA))
-    model = LLM2Vec.from_pretrained(TINY, is_causal=True)
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
 
-    def score(name: str, training: float = 0.0) -> None:
+    def score(name: str, model: LLM2Vec, training: float = 0.0) -> None:
         start = time.monotonic()
-        rows[name] = evaluate(model, held_out)
+        if not args.compare:
+            rows[name] = evaluate(model, held_out)
+        elif type(model) is LLM2Vec and model.pooling == "mean":
+            rows[name] = evaluate(model, held_out, BENCHMARKS, STS_FILES)
+        else:  # the words' states do not depend on how a text is pooled
+            rows[name] = evaluate(model, held_out, ("sts", "articles"), STS_FILES)
         rows[name]["seconds"] = training + time.monotonic() - start
+        print(f"{name}: {json.dumps(rows[name])}", flush=True)
 
-    score("causal")
-    model.decoder.config.is_causal = False  # step 1
-    score("bidirectional (no training)")
-    for stage, title in {"mntp": "+ MNTP", "simcse": "+ SimCSE"}.items():
-        settings = SETTINGS[stage]["tiny"]
+    def train(model: LLM2Vec, stage: str, folder: Path) -> float:
+        settings = SETTINGS[stage][args.preset]
         if args.steps:
             settings = replace(settings, steps=args.steps)
-        print(
-            f"{title}: {settings.steps} steps of {settings.batch} x {settings.length}", flush=True
-        )
-        clear(output / stage, args.overwrite)
-        STAGES[stage](model, documents, settings, output / stage)
-        last_line = (output / stage / "log.jsonl").read_text().splitlines()[-1]
-        score(title, json.loads(last_line)["seconds"])
+        what = f"{settings.steps} steps of {settings.batch} x {settings.length} tokens"
+        print(f"{stage}: {what}", flush=True)
+        clear(folder, args.overwrite)
+        STAGES[stage](model, documents, settings, folder)
+        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+
+    model = load(args, is_causal=True)
+    for name, baseline in baselines(model) if args.compare else [("causal", model)]:
+        score(name, baseline)
+    model.decoder.config.is_causal = False  # step 1
+    score("bidirectional, untrained", model)
+    score("+ MNTP", model, train(model, "mntp", output / "mntp"))
+    score("+ SimCSE", model, train(model, "simcse", output / "simcse"))
     model.save(output / "encoder")
+    if args.compare:
+        model = load(args)
+        score("SimCSE without MNTP", model, train(model, "simcse", output / "simcse-alone"))
     write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
     print(f"\n{table(rows)}\n")
     print_next(output / "encoder")
@@ -498,50 +659,115 @@ def run_stage(args: argparse.Namespace) -> None:
     settings = replace(
         settings, **{f.name: given[f.name] for f in fields(Settings) if f.name in given}
     )
-    documents, _ = split_documents(read_documents(args.corpus))
-    model = LLM2Vec.from_pretrained(args.model, args.adapters)
-    clear(Path(args.output), args.overwrite)
-    STAGES[args.command](model, documents, settings, Path(args.output))
-    print(f"The adapter is in {args.output}")
-    if args.command == "simcse":
+    if args.command == "supervised":
+        data = read_pairs(args.pairs, args.instructions)
+    else:
+        data, _ = split_documents(read_documents(args.corpus))
+    model = load(args, args.adapters)
+    if RANK == 0:
+        clear(Path(args.output), args.overwrite)
+    STAGES[args.command](model, data, settings, Path(args.output))
+    say(f"The adapter is in {args.output}")
+    if args.command != "mntp" and RANK == 0:
         model.save(Path(args.output) / "encoder")
         print_next(Path(args.output) / "encoder")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    model = LLM2Vec.from_pretrained(args.model, args.adapters, args.pooling, is_causal=args.causal)
     _, held_out = split_documents(read_documents(args.corpus))
-    start = time.monotonic()
-    scores = evaluate(model, held_out, args.sts)
-    scores["seconds"] = time.monotonic() - start
-    print(table({Path(args.model).name: scores}))
-    print(json.dumps(scores))
+    model = load(args, args.adapters, pooling=args.pooling, is_causal=args.causal)
+    rows, encoders = {}, {Path(args.model).name: model}
+    if args.baselines:
+        encoders = dict(baselines(load(args, is_causal=True))) | encoders
+    for name, encoder in encoders.items():
+        start = time.monotonic()
+        which = args.benchmarks if encoder is model else set(args.benchmarks) & {"sts", "articles"}
+        rows[name] = evaluate(encoder, held_out, which, args.sts, args.words or (EWT, WNUT))
+        rows[name]["seconds"] = time.monotonic() - start
+    print(table(rows))
+    print(json.dumps(rows[Path(args.model).name] if len(rows) == 1 else rows))
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    _, held_out = split_documents(read_documents(args.corpus))
+    texts = [sentence for document in held_out for sentence in sentences(document)][:200]
+    model = load(args)
+    panels = {Path(args.model).name: layer_cosines(model, texts)}
+    for adapter in args.adapters:
+        load_adapter(model.decoder, adapter)
+        merge_lora(model.decoder)
+        panels[f"+ {Path(adapter).name}"] = layer_cosines(model, texts)
+    for title, cosines in panels.items():
+        print(heat_map(cosines, title))
+    write_whole(Path(args.output), heat_map_svg(panels).encode())
+    print(f"{args.output}: the same as a picture")
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    file = Path(args.run_folder) / "curves.svg"
+    write_whole(file, curves_svg(read_log(args.run_folder)).encode())
+    print(file)
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python train.py",
         description="Turn a causal language model into a text encoder. Without a command: all "
-        "three steps on the bundled tiny Llama, in minutes.",
+        "three steps, by default on the bundled tiny Llama, in minutes.",
     )
-    top.set_defaults(run=run_everything)
-    top.add_argument("--output", default="runs/tiny", help="run folder (default: %(default)s)")
-    top.add_argument("--steps", type=positive, help="steps of each stage (default: its settings)")
     again = {"action": "store_true", "help": "start anew instead of going on"}
-    top.add_argument("--overwrite", **again)
+
+    def add_model(command: argparse.ArgumentParser, **how) -> None:
+        command.add_argument("--model", help="checkpoint folder", **how)
+        text = f"what stands around a text, one of {', '.join(TEMPLATES)}"
+        command.add_argument("--template", choices=TEMPLATES, metavar="NAME", help=text)
+        types = ("float32", "bfloat16")
+        command.add_argument("--dtype", choices=types, help="(default: float32; bfloat16 on a GPU)")
+
+    add = top.add_argument
+    add_model(top, default=TINY)
+    add("--preset", default="tiny", choices=SETTINGS["mntp"], help="(default: %(default)s)")
+    add("--output", default="runs/tiny", help="run folder (default: %(default)s)")
+    add("--steps", type=positive, help="steps of each stage (default: its settings)")
+    add("--compare", action="store_true", help="with every benchmark, baseline, and SimCSE alone")
+    add("--overwrite", **again)
+    top.set_defaults(run=run_everything)
     commands = top.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     for name, about in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=about)
+        needed = "RUN" if name == "plot" else "--model MODEL [options]"
+        usage = f"python train.py {name} {needed}"
+        command = commands.add_parser(name, help=about, description=about, usage=usage)
         add = command.add_argument
-        add("--model", required=True, help="checkpoint folder")
+        if name == "plot":
+            command.set_defaults(run=run_plot)
+            add("run_folder", metavar="RUN", help="folder with a log.jsonl, or with such folders")
+            continue
+        add_model(command, required=True)
         add("--adapters", nargs="*", default=[], help="adapter folders to merge first, in order")
-        text = "text, a document a line, or .jsonl with `text` (default: the bundled Wikipedia)"
-        add("--corpus", default=WIKIPEDIA, help=text)
+        if name == "supervised":
+            text = "JSON lines with query, positive, perhaps negative and instruction, or a folder"
+            add("--pairs", nargs="+", default=[PAIRS], metavar="FILE", help=text + " of such files")
+            text = "in front of the queries: one for each of --pairs, or one for all"
+            add("--instructions", nargs="+", default=[None], metavar="TEXT", help=text)
+        else:
+            text = "text, a document a line, or .jsonl with `text` (default: bundled Wikipedia)"
+            add("--corpus", default=WIKIPEDIA, help=text)
         if name == "evaluate":
             command.set_defaults(run=run_evaluate)
-            add("--sts", default=STSB_TEST, help="score<TAB>a<TAB>b lines (default: STS-B test)")
+            text = f"any of {', '.join(BENCHMARKS)} (default: all)"
+            add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help=text)
+            text = "score<TAB>a<TAB>b lines (default: STS12, STS15 and STS-B test)"
+            add("--sts", nargs="+", default=STS_FILES, metavar="FILE", help=text)
+            text = "column files to probe words with (default: EWT tags and WNUT-17 entities)"
+            pair = {"nargs": 2, "action": "append", "metavar": ("TRAIN", "TEST")}
+            add("--words", **pair, help=text)
             add("--pooling", default="mean", choices=POOLING, help="(default: %(default)s)")
             add("--causal", action="store_true", help="leave out step 1: attend to the left only")
+            add("--baselines", action="store_true", help="score the causal model's baselines too")
+            continue
+        if name == "inspect":
+            command.set_defaults(run=run_inspect)
+            add("--output", default="inspect.svg", help="(default: %(default)s)")
             continue
         command.set_defaults(run=run_stage)
         add("--output", required=True, help="run folder; a run that is there goes on")
@@ -549,7 +775,10 @@ def parser() -> argparse.ArgumentParser:
         add("--preset", default="paper", choices=SETTINGS[name], help="(default: %(default)s)")
         for field in fields(Settings):
             if field.name in FLAGS and (field.name != "mask_rate" or name == "mntp"):
-                presets = [f"{p}: {getattr(s, field.name)}" for p, s in SETTINGS[name].items()]
+                values = {p: getattr(s, field.name) for p, s in SETTINGS[name].items()}
+                if len(set(values.values())) == 1:
+                    values = {"default": values["paper"]}
+                presets = [f"{preset}: {value}" for preset, value in values.items()]
                 flag, text = "--" + field.name.replace("_", "-"), FLAGS[field.name]
                 kind = positive if field.type is int else fraction
                 add(flag, type=kind, metavar="N", help=f"{text} ({', '.join(presets)})")
@@ -559,7 +788,10 @@ def parser() -> argparse.ArgumentParser:
 COMMANDS = {
     "mntp": "Step 2: masked next-token prediction, on a model or on top of adapters.",
     "simcse": "Step 3: unsupervised contrastive learning; writes the encoder too.",
-    "evaluate": "Score a checkpoint on STS and on masked tokens of held-out text.",
+    "supervised": "The fourth stage: contrastive learning on pairs; writes the encoder too.",
+    "evaluate": "Score a checkpoint on sentences, articles, words and masked tokens.",
+    "inspect": "Show, layer by layer, how much a checkpoint changes when it looks both ways.",
+    "plot": "Draw a run's loss and learning rate into RUN/curves.svg.",
 }
 FLAGS = {
     "length": "tokens in a block or sentence",
@@ -588,5 +820,11 @@ def fraction(text: str) -> float:
     return value
 
 
+def main() -> None:
+    args = parser().parse_args()
+    with processes():
+        args.run(args)
+
+
 if __name__ == "__main__":
-    run(lambda: (args := parser().parse_args()).run(args))
+    run(main)

@@ -1,15 +1,55 @@
-"""Scores of an encoder: semantic textual similarity, alignment and uniformity, masked tokens."""
+"""Scores of an encoder: similar sentences, found articles, topics, words, hidden tokens.
 
+    sts               Spearman's rho of cosines against human judgements, by task
+    articles          Wikipedia: description to introduction; topics, by probe and by clusters
+    words             a linear classifier on frozen word vectors: parts of speech, entities
+    masked_accuracy   hidden tokens named rightly
+    BASELINES         the encoders that a trained one has to beat
+
+Each returns a dictionary of scores by name. Nothing here is chosen by looking at a test set: the
+probes' one free number, how strongly they are regularised, is chosen on a part of their own
+training data.
+"""
+
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from llm2vec import LLM2Vec, mask_tokens
+from data.corpus import WIKIPEDIA, split_documents
+from data.metrics import entity_f1, ndcg, ranks, recall, spearman, v_measure
+from llm2vec import LLM2Vec, batches_by_length, mask_tokens, pad, pool
 
-STSB_DEV = Path(__file__).parent / "sts" / "stsb-dev.tsv"
-STSB_TEST = Path(__file__).parent / "sts" / "stsb-test.tsv"
+__all__ = ["entity_f1", "ndcg", "ranks", "recall", "spearman", "v_measure"]
+
+STS = Path(__file__).parent / "sts"
+STSB_DEV, STSB_TEST = STS / "stsb-dev.tsv", STS / "stsb-test.tsv"
+STS_FILES = [*sorted(STS.glob("sts1*.tsv")), STSB_TEST]
+WORDS = Path(__file__).parent / "words"
+EWT = WORDS / "ewt-pos-dev.tsv", WORDS / "ewt-pos-test.tsv"  # trained on, tested on
+WNUT = WORDS / "wnut17-ner-train.tsv", WORDS / "wnut17-ner-dev.tsv"
+
+
+def read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such benchmark file")
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8") from None
+
+
+def unit_vectors(encoder: LLM2Vec, texts: Sequence[str]) -> np.ndarray:
+    """Vectors of length 1, (N, d) float64."""
+    vectors = encoder.encode(texts).astype(np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+
+
+# --- Similar sentences -------------------------------------------------------------------------
 
 
 def read_sts(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
@@ -18,17 +58,13 @@ def read_sts(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
     Raises FileNotFoundError, or ValueError naming the file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such benchmark file")
     gold, left, right = [], [], []
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        fields = line.split("\t")
+    for number, line in enumerate(read_lines(path), start=1):
+        fields = line.rstrip("\r").split("\t")
         try:
             score, a, b = float(fields[0]), fields[1], fields[2]
+            if not np.isfinite(score):
+                raise ValueError
         except (ValueError, IndexError):
             what = f"expected score<TAB>sentence<TAB>sentence, got {line!r:.60}"
             raise ValueError(f"{path}, line {number}: {what}") from None
@@ -40,54 +76,264 @@ def read_sts(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
     return np.array(gold), left, right
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of the ranks that they take up."""
-    values = np.asarray(values)
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place]
+def sts(encoder: LLM2Vec, files: str | Path | Sequence[str | Path] = STSB_TEST) -> dict[str, float]:
+    """Score an encoder on files of sentence pairs.
 
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rho: Pearson's correlation of the ranks. NaN if either side is constant."""
-    x, y = ranks(a), ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm else float("nan")
-
-
-def sts(encoder: LLM2Vec, path: str | Path = STSB_TEST) -> dict[str, float]:
-    """Score an encoder on one file of sentence pairs.
-
-    Returns `spearman` of cosine against gold; `alignment`, the mean squared distance of pairs with
-    a gold score of 4 or more; and `uniformity`, the log of the mean of exp(-2 squared distance)
-    over all pairs of sentences; both on unit vectors, lower is better (Wang & Isola 2020,
-    arXiv 2005.10242; on STS-B as in the SimCSE paper).
+    Files named sts12-*.tsv make one task, STS12, and so on; any other file is a task. Each task's
+    score is Spearman's rho of cosine against gold over all of its pairs together (`all` in the
+    SimCSE paper, Gao et al. 2021, appendix B); `STS` is the mean of several tasks. For tasks named
+    stsb also `alignment`, the mean squared distance of pairs with a gold score of 4 or more, and
+    `uniformity`, the log of the mean of exp(-2 squared distance) over all pairs of sentences, both
+    on unit vectors, lower is better (Wang & Isola 2020, arXiv 2005.10242).
     """
-    gold, left, right = read_sts(path)
-    unit = encoder.encode([*left, *right]).astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True).clip(1e-12)
-    a, b = unit[: len(left)], unit[len(left) :]
-    close = gold >= 4
-    _, first = np.unique(np.array([*left, *right]), return_index=True)
-    cosine = unit[first] @ unit[first].T
-    pairs = cosine[np.triu_indices(len(first), 1)]
-    return {
-        "spearman": spearman((a * b).sum(1), gold),
-        "alignment": float(((a - b) ** 2).sum(1)[close].mean()) if close.any() else float("nan"),
-        "uniformity": float(np.log(np.exp(-4 + 4 * pairs).mean())),
-    }
+    tasks: dict[str, tuple[list, list, list]] = {}
+    for file in [files] if isinstance(files, (str, Path)) else files:
+        of_a_year = re.match(r"sts\d\d(?=-|$)", Path(file).stem)
+        name = of_a_year[0].upper() if of_a_year else Path(file).stem
+        task = tasks.setdefault(name, ([], [], []))
+        for all_of_it, more in zip(task, read_sts(file), strict=True):
+            all_of_it.extend(more)
+    texts = list(dict.fromkeys(t for _, a, b in tasks.values() for t in (*a, *b)))
+    place = {text: i for i, text in enumerate(texts)}
+    unit = unit_vectors(encoder, texts)
+    scores = {}
+    for task, (gold, left, right) in tasks.items():
+        a, b = (unit[[place[text] for text in side]] for side in (left, right))
+        scores[task] = spearman((a * b).sum(1), gold)
+        if task.startswith("stsb"):
+            close = np.array(gold) >= 4
+            own = unit[sorted({place[text] for text in (*left, *right)})]
+            pairs = (own @ own.T)[np.triu_indices(len(own), 1)]
+            distance = ((a - b) ** 2).sum(1)[close]
+            scores["alignment"] = float(distance.mean()) if close.any() else float("nan")
+            scores["uniformity"] = float(np.log(np.exp(-4 + 4 * pairs).mean()))
+    if len(tasks) > 1:
+        scores = {"STS": float(np.mean([scores[task] for task in tasks])), **scores}
+    return scores
+
+
+# --- Articles ----------------------------------------------------------------------------------
+
+
+def read_articles(path: str | Path) -> list[dict]:
+    """Records that have a text, a description and a topic; ValueError names a line without."""
+    records = []
+    for number, line in enumerate(read_lines(Path(path)), start=1):
+        try:
+            record = json.loads(line)
+            fields = [record[key] for key in ("text", "description", "topic")]
+            if not all(isinstance(field, str) for field in fields):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            what = "expected a JSON object with text, description and topic"
+            raise ValueError(f"{path}, line {number}: {what}") from None
+        if all(fields):
+            records.append(record)
+    return records
+
+
+def articles(
+    encoder: LLM2Vec, path: str | Path = WIKIPEDIA, candidates: int = 1000
+) -> dict[str, float]:
+    """Score an encoder on encyclopaedia articles: JSON lines with text, description and topic.
+
+    Retrieval: the short description of each held-out article (see `split_documents`) has to find
+    the introduction that it belongs to among `candidates`, the rest of which are articles trained
+    on: recall@1, recall@10, nDCG@10. Topics: the accuracy, on held-out articles, of a linear probe
+    that was trained on the other candidates; and the V-measure of k-means clusters, as many as
+    there are topics, over all of them.
+    """
+    records = read_articles(path)
+    texts = [record["text"].strip() for record in records]
+    held_out = set(split_documents(texts)[1])
+    held = [i for i, text in enumerate(texts) if text in held_out]
+    rest = [i for i, text in enumerate(texts) if text not in held_out]
+    rest = [rest[int(j)] for j in np.linspace(0, len(rest), candidates - len(held), endpoint=False)]
+    chosen = held + rest
+    vectors = unit_vectors(encoder, [texts[i] for i in chosen])
+
+    said = [records[i]["description"].lower() for i in chosen]
+    queries = [i for i in range(len(held)) if said.count(said[i]) == 1]
+    asked = unit_vectors(encoder, [records[chosen[i]]["description"] for i in queries])
+    relevance = np.arange(len(chosen)) == np.array(queries)[:, None]
+    found = asked @ vectors.T
+    scores = {f"recall@{k}": recall(relevance, found, k) for k in (1, 10)}
+    scores["nDCG@10"] = ndcg(relevance, found, 10)
+
+    topics = [records[i]["topic"] for i in chosen]
+    named = [i for i, topic in enumerate(topics) if topic != "Uncategorized"]
+    kinds, labels = np.unique([topics[i] for i in named], return_inverse=True)
+    split = sum(i < len(held) for i in named)  # held-out articles come first
+    x = torch.from_numpy(vectors[named]).float()
+    y = torch.from_numpy(labels)
+    guess = linear_probe(x[split:], y[split:], x[:split], len(kinds))
+    scores["topics"] = float((guess == y[:split]).float().mean())
+    scores["clusters"] = v_measure(labels, k_means(x, len(kinds)).numpy())
+    return scores
+
+
+def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
+    """Labels for x_test (M, d) by multinomial logistic regression on x (N, d), y (N,): (M,).
+
+    On standardised features. The weight of the squared norm is the one of four powers of ten that
+    predicts every fifth example of the training data best, by cross-entropy.
+    """
+    mean, spread = x.mean(0), x.std(0).clamp_min(1e-6)
+    x, x_test = (x - mean) / spread, (x_test - mean) / spread
+
+    def train(x: Tensor, y: Tensor, weight: float) -> nn.Linear:
+        linear = nn.Linear(x.shape[1], classes)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        search = torch.optim.LBFGS(
+            linear.parameters(), max_iter=50, history_size=10, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            search.zero_grad()
+            value = nn.functional.cross_entropy(linear(x), y)
+            value = value + weight * linear.weight.square().sum()
+            value.backward()
+            return value
+
+        search.step(loss)
+        return linear.requires_grad_(False)
+
+    dev = torch.arange(len(x)) % 5 == 0
+    weights = [1e-4, 1e-3, 1e-2, 1e-1]
+    losses = [
+        nn.functional.cross_entropy(train(x[~dev], y[~dev], weight)(x[dev]), y[dev]).item()
+        for weight in weights
+    ]
+    return train(x, y, weights[int(np.argmin(losses))])(x_test).argmax(1)
+
+
+def k_means(x: Tensor, k: int, restarts: int = 10, seed: int = 0) -> Tensor:
+    """Cluster numbers (N,) of x (N, d): the tightest of several k-means++ runs (Lloyd 1982)."""
+    generator = torch.Generator().manual_seed(seed)
+    best, best_cost = torch.zeros(len(x), dtype=torch.long), float("inf")
+    for _ in range(restarts):
+        centres = x[torch.randint(len(x), (1,), generator=generator)]
+        while len(centres) < k:  # far points are likely to become the next centre
+            far = torch.cdist(x, centres).amin(1).square() + 1e-12
+            centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=generator)]])
+        for _ in range(100):
+            distance, cluster = torch.cdist(x, centres).min(1)
+            belongs = nn.functional.one_hot(cluster, k).float()
+            means = belongs.T @ x / belongs.sum(0)[:, None].clamp_min(1)
+            if torch.equal(means, centres):
+                break
+            centres = means
+        cost = float(distance.square().sum())
+        if cost < best_cost:
+            best, best_cost = cluster, cost
+    return best
+
+
+# --- Words -------------------------------------------------------------------------------------
+
+
+def read_columns(path: str | Path) -> list[tuple[list[str], list[str]]]:
+    """The words and labels of each sentence of a CoNLL-style file, first and last column.
+
+    A word a line, columns set apart by tabs (else by spaces), a blank line behind each sentence.
+    Raises FileNotFoundError, or ValueError naming file and line: every line has as many columns as
+    the first.
+    """
+    path = Path(path)
+    found: list[tuple[list[str], list[str]]] = [([], [])]
+    width = 0
+    for number, line in enumerate(read_lines(path), start=1):
+        line = line.rstrip("\r")
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            found.append(([], []))
+            continue
+        columns = line.split("\t") if "\t" in line else line.split()
+        width = width or len(columns)
+        if len(columns) != width or width < 2 or not all(c.strip() for c in columns):
+            what = f"expected {max(width, 2)} columns as in the lines before, got {line!r:.60}"
+            raise ValueError(f"{path}, line {number}: {what}")
+        found[-1][0].append(columns[0].strip())
+        found[-1][1].append(columns[-1].strip())
+    found = [sentence for sentence in found if sentence[0]]
+    if not found:
+        raise ValueError(f"{path}: no sentence in it")
+    return found
+
+
+@torch.no_grad()
+def word_states(
+    encoder: LLM2Vec, sentences: Sequence[Sequence[str]], max_tokens: int = 8192
+) -> tuple[Tensor, Tensor]:
+    """States of all words, (words, d) float32: at a word's tokens, and one token before each.
+
+    A word's vector averages those of its tokens. The state before a token is where the model
+    predicts it; the first token of a row has none before, and gives its own.
+    """
+    decoder = encoder.decoder.train(False)
+    device = decoder.embed_tokens.weight.device
+    encodings = encoder.tokenizer.encode_batch([" ".join(words) for words in sentences])
+    firsts = np.cumsum([0] + [len(words) for words in sentences])
+    at, before = (torch.zeros(int(firsts[-1]), decoder.config.hidden_size) for _ in range(2))
+    count = torch.zeros(int(firsts[-1]), 1)
+    for batch in batches_by_length([len(e.ids) for e in encodings], max_tokens):
+        ids = pad([encodings[i].ids for i in batch], device)
+        segments = pad([[1] * len(encodings[i].ids) for i in batch], device)
+        hidden = decoder(ids, segments).float().cpu()
+        for row, i in zip(hidden, batch, strict=True):
+            # The word that each character is in; a space goes with the word behind it.
+            sizes = [len(word) + 1 for word in sentences[i]]
+            inside = firsts[i] + np.repeat(np.arange(len(sizes)), sizes)[1:]
+            spans = zip(encodings[i].offsets, encodings[i].special_tokens_mask, strict=True)
+            ends = {t: end for t, ((start, end), s) in enumerate(spans) if end > start and not s}
+            t = torch.tensor(list(ends))
+            word = torch.from_numpy(inside[np.array(list(ends.values())) - 1])
+            at.index_add_(0, word, row[t])
+            before.index_add_(0, word, row[(t - 1).clamp_min(0)])
+            count.index_add_(0, word, torch.ones(len(t), 1))
+    return at / count.clamp_min(1), before / count.clamp_min(1)
+
+
+def words(
+    encoder: LLM2Vec, train: str | Path, test: str | Path, name: str | None = None
+) -> dict[str, float]:
+    """Score frozen word states with a linear probe, trained on one column file, tested on another.
+
+    The paper's section 3.1. Labels that start with B- or I- are entities, scored by F1; others are
+    tags, scored by accuracy. Two scores: `name`, at a word's own tokens, and `name, i-1`, at the
+    tokens before, which the paper reads after MNTP.
+    """
+    sides = read_columns(train), read_columns(test)
+    kinds = sorted({label for side in sides for _, labels in side for label in labels})
+    number = {kind: i for i, kind in enumerate(kinds)}
+    y = torch.tensor([number[label] for _, labels in sides[0] for label in labels])
+    gold = [labels for _, labels in sides[1]]
+    name = name or Path(test).stem
+    scores = {}
+    states = [word_states(encoder, [words for words, _ in side]) for side in sides]
+    for place, x, x_test in zip((name, f"{name}, i-1"), *states, strict=True):
+        guess = iter(kinds[i] for i in linear_probe(x, y, x_test, len(kinds)).tolist())
+        said = [[next(guess) for _ in labels] for labels in gold]
+        if any(kind.startswith(("B-", "I-")) for kind in kinds):
+            scores[place] = entity_f1(gold, said)
+        else:
+            pairs = [(a, b) for g, s in zip(gold, said, strict=True) for a, b in zip(g, s)]  # noqa: B905
+            scores[place] = sum(a == b for a, b in pairs) / len(pairs)
+    return scores
+
+
+# --- Hidden tokens -----------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def masked_accuracy(
-    encoder: LLM2Vec, blocks: torch.Tensor, mask_id: int, rate: float = 0.2, seed: int = 0
+    encoder: LLM2Vec, blocks: Tensor, mask_id: int, rate: float = 0.2, seed: int = 0
 ) -> float:
     """Share of hidden tokens that the model names, reading each off the state in front of it.
 
     blocks: (N, T) token ids. A share `rate` of them, the same in every call, becomes mask_id.
     """
-    decoder = encoder.decoder.eval()
+    decoder = encoder.decoder.train(False)
     generator = torch.Generator().manual_seed(seed)
     V = decoder.config.vocab_size
     masked, chosen = mask_tokens(blocks, mask_id, V, rate, (1.0, 0.0), generator=generator)
@@ -98,3 +344,39 @@ def masked_accuracy(
         hidden = decoder(ids.to(device))[:, :-1][target.to(device)]
         right += int((decoder.logits(hidden).argmax(-1).cpu() == answer[:, 1:][target]).sum())
     return right / int(chosen.sum())
+
+
+# --- Baselines ---------------------------------------------------------------------------------
+
+
+class Echo(LLM2Vec):
+    """Each text twice, pooled over the second copy: a causal model has then read all of it.
+
+    Springer et al. 2024, arXiv 2402.15449.
+    """
+
+    def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
+        twice = []
+        for ids, own in rows:
+            again = ids[own.index(True) :]
+            twice.append((ids + again, [False] * len(ids) + [True] * len(again)))
+        return super().embed(twice)
+
+
+class InputEmbeddings(LLM2Vec):
+    """The mean of the tokens' input embeddings: what is known without reading."""
+
+    def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
+        device = self.decoder.embed_tokens.weight.device
+        ids, own = pad([ids for ids, _ in rows], device), pad([own for _, own in rows], device)
+        return pool(self.decoder.embed_tokens(ids), "mean", own)
+
+
+# Of a causal model: a name, the kind of encoder, and its pooling.
+BASELINES = {
+    "input embeddings": (InputEmbeddings, "mean"),
+    "causal, mean": (LLM2Vec, "mean"),
+    "causal, weighted mean": (LLM2Vec, "weighted_mean"),
+    "causal, last token": (LLM2Vec, "last"),
+    "causal, echo": (Echo, "mean"),
+}

@@ -136,7 +136,7 @@ def transformers_model(folder: Path, auto=AutoModel, **changes) -> nn.Module:
     config = AutoConfig.from_pretrained(folder)
     for key, value in changes.items():
         setattr(config, key, value)
-    return auto.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    return auto.from_pretrained(folder, config=config, dtype=torch.float32).train(False)
 
 
 def our_decoder(folder: Path, is_causal: bool = False) -> Decoder:
@@ -221,7 +221,7 @@ def transformers(scratch: Path) -> None:
         for is_causal in (False, True):
             decoder = our_decoder(file.parent, is_causal)
             LLM2Vec(decoder, word_tokenizer()).save(folder)
-            model = AutoModel.from_pretrained(folder).eval()
+            model = AutoModel.from_pretrained(folder).train(False)
             side = "causal" if is_causal else "bidirectional"
             compare(f"AutoModel, {file.parent.name}, {side}", decoder, model)
             assert model.config.is_causal is is_causal, "config.is_causal is what was saved"
@@ -229,7 +229,7 @@ def transformers(scratch: Path) -> None:
         if decoder.can_predict:
             ids, _ = batch(decoder.config.vocab_size)
             with torch.no_grad():
-                logits = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+                logits = AutoModelForCausalLM.from_pretrained(folder).train(False)(ids).logits
                 check("    with its output head", decoder.logits(decoder(ids)), logits)
 
 
@@ -240,7 +240,7 @@ def shards(base: Path, scratch: Path) -> None:
     llm2vec.SHARD = whole
     count = len(list(folder.glob("model-*.safetensors")))
     assert count > 3 and (folder / "model.safetensors.index.json").is_file()
-    compare(f"AutoModel, {count} shards", decoder, AutoModel.from_pretrained(folder).eval())
+    compare(f"AutoModel, {count} shards", decoder, AutoModel.from_pretrained(folder).train(False))
     ids, _ = batch(decoder.config.vocab_size)
     again = our_decoder(folder)
     check("    bits after loading again", decoder(ids), again(ids), atol=0)
@@ -346,7 +346,7 @@ def adapters_in(base: Path, out: Path, states: dict[str, Tensor]) -> None:
         decoder = our_decoder(base)
         lora.load_adapter(decoder, out / name)
         model = transformers_model(base, auto, is_causal=False)
-        model = PeftModel.from_pretrained(model, out / name).eval()
+        model = PeftModel.from_pretrained(model, out / name).train(False)
         states[name] = compare(f"PEFT's adapter, {name}", decoder, inner(model))
         assert (states[name] - plain).abs().max() > 0.1, "the adapter makes a difference"
         lora.merge_lora(decoder)
@@ -401,7 +401,7 @@ def published(base: Path, folder: Path, states: dict[str, Tensor]) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(PUBLISHED, indent=1) + "\n")
     decoder = our_decoder(base)
     lora.load_adapter(decoder, folder)
-    model = PeftModel.from_pretrained(transformers_model(base, is_causal=False), folder).eval()
+    model = PeftModel.from_pretrained(transformers_model(base, is_causal=False), folder).train(False)
     states["published"] = compare("an adapter laid out as the published ones", decoder, model)
 
 
@@ -426,8 +426,8 @@ def adapters_out(base: Path, out: Path, states: dict[str, Tensor]) -> None:
         folder = out / f"ours-{name}"
         fill({n: w for n, w in decoder.named_parameters() if "lora_" in n}, seed)
         lora.save_adapter(decoder, folder)
-        model = PeftModel.from_pretrained(transformers_model(base, is_causal=False), folder).eval()
-        decoder.eval()
+        model = PeftModel.from_pretrained(transformers_model(base, is_causal=False), folder).train(False)
+        decoder.train(False)
         states[folder.name] = compare(f"our adapter in PEFT, {name}", decoder, model)
         again = our_decoder(base)
         lora.load_adapter(again, folder)

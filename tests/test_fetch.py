@@ -482,7 +482,7 @@ def test_wiki1m(server, tmp_path):
     assert len(server.asked) == 1
 
 
-def senteval() -> dict[str, str]:
+def stated_files() -> dict[str, str]:
     """SentEval's files, with three pairs in each part; the second was not judged."""
     files = {}
     for benchmark, parts in fetch.STS.items():
@@ -518,7 +518,7 @@ def tar(files: dict[str, str], *evil: str) -> bytes:
 
 def test_sts_files_are_read_from_the_archive_and_nothing_else_is(server, tmp_path):
     evil = ("../evil.txt", str(tmp_path / "evil.txt"), "SICK/../../../evil.txt")
-    server.files["senteval.tar"] = tar(senteval(), *evil)
+    server.files["senteval.tar"] = tar(stated_files(), *evil)
     for _ in range(2):
         folder = fetch_sts(tmp_path / "models" / "sts", server.base)
     assert len(server.asked) == 1
@@ -540,7 +540,7 @@ def test_sts_files_are_read_from_the_archive_and_nothing_else_is(server, tmp_pat
 
 @pytest.mark.parametrize("fault", ["lacks", "shorter", "no tabs", "not UTF-8", "not a tar"])
 def test_a_strange_archive_is_refused(server, tmp_path, fault):
-    files, name = senteval(), "STS/STS14-en-test/STS.input.images.txt"
+    files, name = stated_files(), "STS/STS14-en-test/STS.input.images.txt"
     if fault == "lacks":
         del files[name]
     elif fault == "shorter":

@@ -28,7 +28,7 @@ SHAPE = dict(
 
 def small_decoder(**changes) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(Config(**SHAPE | changes)).double().eval()
+    decoder = Decoder(Config(**SHAPE | changes)).double().train(False)
     for weight in decoder.parameters():
         torch.nn.init.normal_(weight, std=0.4)
     return decoder

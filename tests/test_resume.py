@@ -14,6 +14,7 @@ import pytest
 
 import train
 from data.corpus import WIKIPEDIA, read_documents
+from data.pairs import PAIRS, read_pairs
 from llm2vec import LLM2Vec
 from train import SETTINGS, STAGES
 
@@ -39,7 +40,8 @@ def documents() -> list[str]:
 
 def go(stage: str, documents: list[str], folder: Path, **changes) -> LLM2Vec:
     model = LLM2Vec.from_pretrained(TINY)
-    STAGES[stage](model, documents, replace(QUICK[stage], **changes), folder)
+    data = read_pairs([PAIRS]) if stage == "supervised" else documents
+    STAGES[stage](model, data, replace(QUICK[stage], **changes), folder)
     return model
 
 
@@ -136,9 +138,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
 ):
     original = train.contrast
 
-    def spoiled(model, rows, max_tokens, calls=[]):  # noqa: B006 (counts calls)
+    def spoiled(*args, calls=[]):  # noqa: B006 (counts calls)
         calls.append(1)
-        return original(model, rows, max_tokens) if len(calls) < 6 else float("nan")
+        return original(*args) if len(calls) < 6 else (float("nan"), 1)
 
     monkeypatch.setattr(train, "contrast", spoiled)
     with pytest.raises(ValueError, match="step 6: the loss is nan"):

@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.benchmarks import BASELINES, STS_FILES, STSB_TEST
 from data.corpus import WIKIPEDIA, read_documents
+from data.pairs import PAIRS, read_pairs
 from llm2vec import LLM2Vec, contrastive_loss, tokenize
 from lora import add_lora, load_adapter
-from train import SETTINGS, STAGES, batch_at, contrast
+from train import COMMANDS, SETTINGS, STAGES, batch_at, contrast
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
 QUICK = {
     "mntp": replace(SETTINGS["mntp"]["tiny"], steps=3, batch=4, length=32),
     "simcse": replace(SETTINGS["simcse"]["tiny"], steps=3, batch=8, length=32),
+    "supervised": replace(SETTINGS["supervised"]["tiny"], steps=3, batch=8, length=32),
 }
 
 
@@ -31,16 +34,25 @@ def documents() -> list[str]:
     return read_documents(WIKIPEDIA)[:200]
 
 
+@pytest.fixture(scope="module")
+def data(documents) -> dict[str, list]:
+    return {"mntp": documents, "simcse": documents, "supervised": read_pairs([PAIRS])}
+
+
+def simcse_step(model: LLM2Vec, rows: list, max_tokens: int) -> float:
+    return contrast(model, 2 * rows, lambda v: contrastive_loss(*v.chunk(2)), max_tokens)[0]
+
+
 def weights(model: LLM2Vec) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.decoder.state_dict().items()}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_is_an_adapter_and_nothing_else(stage, documents, tmp_path):
+def test_a_stage_is_an_adapter_and_nothing_else(stage, data, tmp_path):
     """The trained model is the base plus the written adapter: no base weight moved."""
     model = LLM2Vec.from_pretrained(TINY)
     before = weights(model)
-    STAGES[stage](model, documents, QUICK[stage], tmp_path)
+    STAGES[stage](model, data[stage], QUICK[stage], tmp_path)
     after = weights(model)
     base = LLM2Vec.from_pretrained(TINY)
     load_adapter(base.decoder, tmp_path)
@@ -55,11 +67,11 @@ def test_a_stage_is_an_adapter_and_nothing_else(stage, documents, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_same_seed_gives_the_same_adapter(stage, documents, tmp_path):
+def test_the_same_seed_gives_the_same_adapter(stage, data, tmp_path):
     made = []
     for run in ("a", "b"):
         model = LLM2Vec.from_pretrained(TINY)
-        STAGES[stage](model, documents, QUICK[stage], tmp_path / run)
+        STAGES[stage](model, data[stage], QUICK[stage], tmp_path / run)
         made.append((tmp_path / run / "adapter_model.safetensors").read_bytes())
     assert made[0] == made[1]
 
@@ -67,7 +79,7 @@ def test_the_same_seed_gives_the_same_adapter(stage, documents, tmp_path):
 def test_only_adapters_have_gradients(documents):
     model = LLM2Vec.from_pretrained(TINY)
     parameters = add_lora(model.decoder.train())
-    contrast(model, tokenize(model.tokenizer, documents[:4], 32), 8192)
+    simcse_step(model, tokenize(model.tokenizer, documents[:4], 32), 8192)
     with_gradient = {id(p) for p in model.decoder.parameters() if p.grad is not None}
     assert with_gradient == {id(p) for p in parameters}
 
@@ -82,7 +94,7 @@ def test_gradients_in_parts_equal_those_of_one_pass(documents):
         parameters = add_lora(model.decoder.train(), dropout=0.0)
         for parameter in parameters:
             torch.nn.init.normal_(parameter, std=0.05)
-        loss = contrast(model, rows, max_tokens)
+        loss = simcse_step(model, rows, max_tokens)
         found.append((loss, torch.cat([p.grad.flatten() for p in parameters])))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=1e-5)
@@ -103,7 +115,7 @@ def test_the_second_pass_in_parts_sees_the_same_dropout(documents):
         torch.manual_seed(7)
         for parameter in parameters:
             parameter.grad = None
-        return contrast(model, rows, max_tokens=100)
+        return simcse_step(model, rows, max_tokens=100)
 
     loss()
     direction = [p.grad.clone() for p in parameters]
@@ -132,11 +144,11 @@ def test_mntp_in_parts_gives_the_same_adapter_as_in_one_pass(documents, tmp_path
 
 def test_batches_hold_every_item_once_an_epoch():
     epochs = [
-        [i for step in range(3 * e, 3 * e + 3) for i in batch_at(step, list(range(10)), 3, seed=0)]
+        [i for step in range(3 * e, 3 * e + 3) for i in batch_at(step, [range(10)], 3, seed=0)]
         for e in range(2)
     ]
     assert all(len(set(epoch)) == 9 for epoch in epochs) and epochs[0] != epochs[1]
-    assert sorted(batch_at(0, [1, 2], 5, seed=0)) == [1, 2]
+    assert sorted(batch_at(0, [[1, 2]], 5, seed=0)) == [1, 2]
 
 
 def test_duplicate_sentences_are_not_each_others_negatives(tmp_path):
@@ -186,11 +198,11 @@ def test_everything_runs_and_ends_with_the_table(tmp_path):
     done = train("--steps", 2, "--output", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(results) == ["causal", "bidirectional (no training)", "+ MNTP", "+ SimCSE"]
+    assert list(results) == ["causal", "bidirectional, untrained", "+ MNTP", "+ SimCSE"]
     for name, scores in results.items():
         assert f"| {name}" in done.stdout
-        assert set(scores) == {"spearman", "masked_accuracy", "alignment", "uniformity", "seconds"}
-        assert 0 < scores["spearman"] < 1 and 0 < scores["masked_accuracy"] < 1
+        assert set(scores) == {"stsb-test", "masked tokens", "alignment", "uniformity", "seconds"}
+        assert 0 < scores["stsb-test"] < 1 and 0 < scores["masked tokens"] < 1
         assert scores["uniformity"] < 0 < scores["alignment"]
     commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("  python ")]
     assert len(commands) == 2
@@ -213,11 +225,50 @@ def test_stages_one_by_one(tmp_path):
         done = train(stage, *common, *quick, *before, "--output", tmp_path / stage)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / stage / "adapter_model.safetensors").exists()
-    done = train("evaluate", "--model", tmp_path / "simcse" / "encoder")
+    files = ["--benchmarks", "sts", "--sts", STS_FILES[0], STSB_TEST]
+    done = train("evaluate", "--model", tmp_path / "simcse" / "encoder", *files)
     assert done.returncode == 0, done.stderr
     merged = json.loads(done.stdout.splitlines()[-1])
-    done = train("evaluate", "--model", TINY, "--adapters", tmp_path / "mntp", tmp_path / "simcse")
-    assert json.loads(done.stdout.splitlines()[-1])["spearman"] == pytest.approx(merged["spearman"])
+    assert set(merged) == {"STS", "STS12", "stsb-test", "alignment", "uniformity", "seconds"}
+    adapters = ["--adapters", tmp_path / "mntp", tmp_path / "simcse"]
+    done = train("evaluate", "--model", TINY, *adapters, *files)
+    assert json.loads(done.stdout.splitlines()[-1])["STS"] == pytest.approx(merged["STS"], abs=1e-6)
+    done = train("inspect", "--model", TINY, *adapters, "--output", tmp_path / "seen.svg")
+    assert done.returncode == 0, done.stderr
+    assert all(title in done.stdout for title in ("tiny-llama", "+ mntp", "+ simcse"))
+    assert "+ simcse" in (tmp_path / "seen.svg").read_text()
+    done = train("plot", tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "curves.svg")
+    assert "mntp" in (tmp_path / "curves.svg").read_text()
+
+
+def test_baselines_stand_in_the_table_beside_the_model(tmp_path):
+    lines = STSB_TEST.read_text().splitlines()
+    (tmp_path / "few.tsv").write_text("\n".join(lines[:50]))
+    args = ["--benchmarks", "sts", "--sts", tmp_path / "few.tsv", "--baselines"]
+    done = train("evaluate", "--model", TINY, *args)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert list(rows) == [*BASELINES, "tiny-llama"]
+    assert len({scores["few"] for scores in rows.values()}) == len(rows)
+    assert all(f"| {name}" in done.stdout for name in rows)
+
+
+def test_words_of_a_file_of_ones_own(tmp_path):
+    for side in ("train", "test"):
+        (tmp_path / f"{side}.txt").write_text("a DET\ndog NOUN\n\nthe DET\ncat NOUN\n" * 20)
+    own = ["--benchmarks", "words", "--words", tmp_path / "train.txt", tmp_path / "test.txt"]
+    done = train("evaluate", "--model", TINY, *own)
+    assert json.loads(done.stdout.splitlines()[-1])["test"] == 1, done.stderr
+
+
+def test_supervised_on_top_of_a_stage(tmp_path):
+    quick = ["--preset", "tiny", "--steps", 2, "--batch", 4, "--length", 32]
+    done = train("supervised", "--model", TINY, *quick, "--output", tmp_path / "pairs")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pairs" / "encoder" / "model.safetensors").exists()
+    again = train("supervised", "--model", TINY, *quick, "--output", tmp_path / "pairs")
+    assert again.returncode == 0 and "step" not in again.stdout  # it was finished
 
 
 @pytest.mark.parametrize(
@@ -229,6 +280,11 @@ def test_stages_one_by_one(tmp_path):
         (["simcse", "--model", TINY, "--output", "x", "--steps", "0"], "--steps"),
         (["mntp", "--model", TINY, "--output", "x", "--mask-rate", "1.5"], "--mask-rate"),
         (["evaluate", "--model", TINY, "--sts", "nowhere.tsv"], "nowhere.tsv"),
+        (["evaluate", "--model", TINY, "--benchmarks", "mteb"], "mteb"),
+        (["supervised", "--model", TINY, "--pairs", "nowhere", "--output", "x"], "nowhere"),
+        (["inspect", "--model", "nowhere"], "nowhere"),
+        (["plot", "nowhere"], "nowhere"),
+        (["mntp", "--model", TINY, "--template", "alpaca", "--output", "x"], "alpaca"),
         (["evaluate", "--model", TINY, "--pooling", "median"], "median"),
         (["--stepps=3"], "--stepps"),
     ],
@@ -249,7 +305,7 @@ def test_a_mask_token_that_the_vocabulary_lacks_is_named(documents, tmp_path, mo
 def test_ctrl_c_is_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--output", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert "MNTP" in process.stdout.readline()
+    assert process.stdout.readline()
     time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -257,7 +313,7 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert not (tmp_path / "run" / "encoder").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["mntp"], ["simcse"], ["evaluate"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS if name != "plot")])
 def test_help_fits_on_a_screen_and_says_the_defaults(command):
     done = train(*command, "--help")
     assert done.returncode == 0

@@ -1,0 +1,105 @@
+"""The measures that scores are made of: plain functions of numbers and labels.
+
+Each agrees with the library that its docstring names; tests/golden/metrics.json holds what those
+computed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of the ranks that they take up."""
+    values = np.asarray(values)
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[place]
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rho: Pearson's correlation of the ranks. NaN if either side is constant.
+
+    As scipy.stats.spearmanr.
+    """
+    x, y = ranks(a), ranks(b)
+    x, y = x - x.mean(), y - y.mean()
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm else float("nan")
+
+
+def ndcg(relevance: np.ndarray, scores: np.ndarray, k: int = 10) -> float:
+    """Normalised discounted cumulative gain of the first k, averaged over queries.
+
+    relevance and scores: (queries, candidates). A candidate at rank r counts its relevance over
+    log2(1 + r); candidates with equal scores share the discount of the ranks that they take up. A
+    query without a relevant candidate counts 0. As sklearn.metrics.ndcg_score.
+    """
+    M = relevance.shape[1]
+    discount = np.where(np.arange(M) < k, 1 / np.log2(np.arange(M) + 2), 0.0)
+    total = np.concatenate([[0.0], np.cumsum(discount)])
+    found = []
+    for gain, score in zip(relevance.astype(np.float64), scores, strict=True):
+        _, place, count = np.unique(-score, return_inverse=True, return_counts=True)
+        end = np.cumsum(count)
+        shared = (total[end] - total[end - count]) / count
+        best = np.sort(gain)[::-1] @ discount
+        found.append(gain @ shared[place] / best if best > 0 else 0.0)
+    return float(np.mean(found))
+
+
+def recall(relevance: np.ndarray, scores: np.ndarray, k: int) -> float:
+    """Share of queries whose relevant candidate is among the k best; ties count against it.
+
+    relevance: (queries, candidates) booleans, one True a row; scores of the same shape.
+    """
+    own = scores[relevance][:, None]
+    return float(((scores >= own).sum(1) <= k).mean())
+
+
+def v_measure(labels: Sequence, clusters: Sequence) -> float:
+    """Harmonic mean of homogeneity and completeness (Rosenberg & Hirschberg 2007).
+
+    As sklearn.metrics.v_measure_score.
+    """
+    _, a = np.unique(np.asarray(labels), return_inverse=True)
+    _, b = np.unique(np.asarray(clusters), return_inverse=True)
+    joint = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(joint, (a, b), 1 / len(a))
+
+    def entropy(p: np.ndarray) -> float:
+        p = p[p > 0]
+        return float(-(p * np.log(p)).sum())
+
+    of_labels, of_clusters = entropy(joint.sum(1)), entropy(joint.sum(0))
+    mutual = of_labels + of_clusters - entropy(joint)
+    homogeneity = mutual / of_labels if of_labels else 1.0
+    completeness = mutual / of_clusters if of_clusters else 1.0
+    both = homogeneity + completeness
+    return 2 * homogeneity * completeness / both if both > 0 else 0.0
+
+
+def entities(labels: Sequence[str]) -> set[tuple[int, int, str]]:
+    """The spans (first, behind last, type) of a sentence's BIO labels, as CoNLL-2000 reads them.
+
+    B- starts an entity, and so does an I- that continues none of its type.
+    """
+    found, start, kind = set(), 0, None
+    for i, label in enumerate([*labels, "O"]):
+        mark, _, name = label.partition("-")
+        if kind is not None and (mark != "I" or name != kind):
+            found.add((start, i, kind))
+            kind = None
+        if mark in ("B", "I") and kind is None:
+            start, kind = i, name
+    return found
+
+
+def entity_f1(gold: Sequence[Sequence[str]], guess: Sequence[Sequence[str]]) -> float:
+    """F1 of entities, exact in span and type, over all sentences (CoNLL-2003's rule).
+
+    As seqeval.metrics.f1_score; 0 where there is no entity on either side.
+    """
+    true = {(i, *span) for i, labels in enumerate(gold) for span in entities(labels)}
+    said = {(i, *span) for i, labels in enumerate(guess) for span in entities(labels)}
+    return 2 * len(true & said) / max(1, len(true) + len(said))

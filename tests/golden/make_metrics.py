@@ -1,0 +1,104 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["scipy", "scikit-learn", "seqeval", "numpy"]
+# ///
+"""Make metrics.json beside this script: random inputs, and what the reference libraries score.
+
+    uv run tests/golden/make_metrics.py        (or: python, with the packages above)
+
+Ties, constants, single classes and labels that break BIO's rules are among them. A score that is
+not a number is null.
+"""
+
+import json
+import math
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+from seqeval.metrics import f1_score
+from sklearn.metrics import ndcg_score, v_measure_score
+
+warnings.filterwarnings("ignore")
+rng = np.random.default_rng(0)
+random.seed(0)
+
+
+def number(x: float) -> float | None:
+    return None if math.isnan(x) else float(x)
+
+
+def rounded(x: np.ndarray) -> list:
+    return np.round(x, 3).tolist()
+
+
+cases: dict[str, list] = {"spearman": [], "ndcg": [], "v_measure": [], "entity_f1": []}
+
+sides = [(rng.normal(size=n), rng.normal(size=n)) for n in (2, 3, 10, 60)]
+sides += [(rng.integers(0, k, 30), rng.integers(0, k, 30)) for k in (2, 3, 8)]  # ties
+sides += [(np.arange(9), np.arange(9)[::-1]), (np.ones(5), np.arange(5)), (np.ones(4), np.ones(4))]
+sides += [(np.r_[1e300, -1e300, 0, 1], np.r_[1, 2, 3, 4])]
+for a, b in sides:
+    a, b = rounded(a), rounded(b)
+    cases["spearman"].append({"a": a, "b": b, "score": number(spearmanr(a, b).statistic)})
+
+for queries, candidates, k in ((1, 2, 1), (1, 5, 10), (4, 12, 10), (6, 30, 10), (3, 9, 3)):
+    for ties in (False, True):
+        for graded in (False, True):
+            relevance = rng.integers(0, 4 if graded else 2, (queries, candidates))
+            scores = rng.normal(size=(queries, candidates))
+            scores = np.round(scores) if ties else np.round(scores, 3)
+            if queries > 3:
+                relevance[0] = 0  # nothing to find
+                relevance[1] = 1  # nothing but right
+                scores[2] = 0.5  # all alike
+            score = ndcg_score(relevance, scores, k=k)
+            case = {"relevance": relevance.tolist(), "scores": scores.tolist(), "k": k}
+            cases["ndcg"].append(case | {"score": number(score)})
+
+for n, classes, clusters in ((1, 1, 1), (2, 2, 1), (2, 1, 2), (20, 1, 4), (20, 4, 1), (50, 5, 5)):
+    a, b = rng.integers(0, classes, n).tolist(), rng.integers(0, clusters, n).tolist()
+    cases["v_measure"].append({"a": a, "b": b, "score": v_measure_score(a, b)})
+for n in (30, 200):
+    a = rng.integers(0, 6, n)
+    noisy = np.where(rng.random(n) < 0.3, rng.integers(0, 9, n), a + 10)
+    pairs = [(a, a), (a, 7 - a), (a, noisy), (a, np.arange(n)), (a, a // 2)]
+    for x, y in pairs:
+        x, y = x.tolist(), y.tolist()
+        cases["v_measure"].append({"a": x, "b": y, "score": v_measure_score(x, y)})
+
+KINDS = ["PER", "LOC", "creative-work"]
+
+
+def labels(n: int) -> list[str]:
+    """Any order of marks: I- after O, I- of another type, B- after B-."""
+    marks = [f"{m}-{kind}" for m in "BI" for kind in KINDS] + ["O", "O", "O"]
+    return random.choices(marks, k=n)
+
+
+def changed(said: list[str], share: float) -> list[str]:
+    return [random.choice(labels(1)) if random.random() < share else label for label in said]
+
+
+def entity_case(gold: list[list[str]], guess: list[list[str]]) -> dict:
+    return {"gold": gold, "guess": guess, "score": number(f1_score(gold, guess, zero_division=0))}
+
+
+for share in (0.0, 0.1, 0.3, 1.0):
+    for sentences in (1, 5, 20):
+        gold = [labels(random.randint(1, 12)) for _ in range(sentences)]
+        cases["entity_f1"].append(entity_case(gold, [changed(said, share) for said in gold]))
+cases["entity_f1"] += [
+    entity_case([["O", "O"]], [["O", "O"]]),
+    entity_case([["B-PER", "O"]], [["O", "O"]]),
+    entity_case([["O", "O"]], [["B-PER", "I-PER"]]),
+    entity_case([["I-PER"], ["I-PER"]], [["I-PER"], ["B-PER"]]),
+    entity_case([["B-PER", "I-PER", "I-LOC"]], [["B-PER", "I-PER", "B-LOC"]]),
+    entity_case([["B-PER", "B-PER"]], [["B-PER", "I-PER"]]),
+]
+
+file = Path(__file__).parent / "metrics.json"
+file.write_text(json.dumps(cases, separators=(",", ":")) + "\n")
+print({name: len(of_it) for name, of_it in cases.items()}, file.stat().st_size, "bytes")
