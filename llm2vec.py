@@ -91,7 +91,8 @@ class Config:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
         """Read `folder`/config.json. Raises FileNotFoundError without one, ValueError by field."""
-        file = existing(Path(folder) / "config.json", "a Hugging Face checkpoint folder has one")
+        why = "a Hugging Face checkpoint folder has one"
+        file = inside(Path(folder), "config.json", why)
         raw = read_json(file)
 
         def expect(holds: bool, key: str, expected: str, value: object) -> None:
@@ -153,12 +154,26 @@ class Config:
         shared = config.num_attention_heads % config.num_key_value_heads == 0
         expect(shared, "num_attention_heads", "a multiple of num_key_value_heads", heads)
         expect(config.head_dim % 2 == 0, "head_dim", "an even number", config.head_dim)
+        rows = max(config.vocab_size, config.intermediate_size, heads * config.head_dim)
+        expect(rows * width < 2**40, "hidden_size", "matrices of fewer than 2^40 numbers", width)
         return config
 
 
 def existing(file: Path, why: str) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; {why}")
+    return file
+
+
+def inside(folder: Path, name: str, why: str) -> Path:
+    """A file of a folder that may come from anywhere, so it must not be a link to elsewhere.
+
+    The cache of the Hugging Face hub is known: its snapshots link to blobs of the same model.
+    """
+    file, home = existing(folder / name, why), folder.resolve()
+    hub = home.parent.parent if home.parent.name == "snapshots" else home
+    if not file.resolve().is_relative_to(hub):
+        raise ValueError(f"{file}: a link out of its folder, to {file.resolve()}")
     return file
 
 
@@ -391,6 +406,12 @@ class Decoder(nn.Module):
 def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a decoder made on the meta device from safetensors, one tensor in memory at a time."""
     wanted = dict(decoder.named_parameters())
+    known = set(wanted)
+    size = sum(p.numel() for p in wanted.values()) * dtype.itemsize
+    room = memory_of(device)
+    if size > room:
+        what = f"its weights take {size / 2**30:,.1f} GiB as {dtype}, {device} has"
+        raise ValueError(f"{folder / 'config.json'}: {what} {room / 2**30:,.1f} GiB")
     inner = True  # no name starts with `model.`: a checkpoint of the inner model
     for file in _weight_files(folder):
         try:
@@ -403,7 +424,8 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
                     ):
                         continue
                     if key not in wanted:
-                        raise ValueError(f"{file}: tensor {name} has no place in this model")
+                        what = "is there twice" if key in known else "has no place in this model"
+                        raise ValueError(f"{file}: tensor {name} {what}")
                     expected = list(wanted.pop(key).shape)
                     shape = tensors.get_slice(name).get_shape()
                     if shape != expected:
@@ -428,11 +450,19 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
         )
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         why = "neither it nor model.safetensors.index.json is there"
-        return [existing(folder / "model.safetensors", why)]
+        return [inside(folder, "model.safetensors", why)]
+    inside(folder, index.name, "the weights are read from it")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map of tensor names to files")
@@ -440,7 +470,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:  # a path could name any file of the machine
             raise ValueError(f"{index}: {name!r} is not the name of a file in this folder")
-    return [existing(folder / name, f"{index.name} lists it") for name in names]
+    return [inside(folder, name, f"{index.name} lists it") for name in names]
 
 
 # --- Text to tokens ----------------------------------------------------------------------------
@@ -465,7 +495,7 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
     With the name of a chat template, its markers stand around every text, however long; they become
     part of the tokenizer, and of what it saves.
     """
-    file = existing(Path(folder) / "tokenizer.json", "the tokenizer is read from it")
+    file = inside(Path(folder), "tokenizer.json", "the tokenizer is read from it")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception

@@ -9,6 +9,7 @@ in W's type, as mixed precision does.
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 # All seven projections of a layer, as the paper adapts them (its appendix on training details).
@@ -126,8 +128,22 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # The config comes last: a folder that has one is whole.
+    write_whole(folder / "adapter_model.safetensors", save_bytes(state, {"format": "pt"}))
+    write_whole(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that its name never stands for a part of it, whatever stops the process."""
+    part = file.with_name(file.name + ".part")
+    try:
+        with part.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -144,6 +160,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     for needed in (file, config_file):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed}: no such file; an adapter folder has one")
+        target, home = needed.resolve(), Path(folder).resolve()
+        hub = home.parent.parent if home.parent.name == "snapshots" else home  # the hub's cache
+        if not target.is_relative_to(hub):
+            raise ValueError(f"{needed}: a link out of its folder, to {target}")
     if adapted(model):
         raise ValueError("the model has adapters already: merge_lora first")
     try:

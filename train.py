@@ -65,7 +65,7 @@ from llm2vec import (
     run,
     tokenize,
 )
-from lora import add_lora, load_adapter, merge_lora, save_adapter
+from lora import add_lora, load_adapter, merge_lora, save_adapter, write_whole
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 MASK_TOKEN = "_"  # the plain token that the paper hides others with
@@ -154,17 +154,30 @@ def fit(
     decoder.recompute = settings.recompute
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
     done = load_state(folder, parameters, optimizer)
+
+    def where(step: int) -> str:
+        epoch, place = divmod(step, len(slots_of(datasets, settings.batch)))
+        return f"step {step + 1} (batch {place + 1} of epoch {epoch + 1})"
+
     with Log(folder / "log.jsonl", settings.steps, done) as log, stop_signals() as stop:
         for step in range(done, settings.steps):
             torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
             batch = batch_at(step, datasets, settings.batch, settings.seed)
-            loss, tokens = backward(batch)
+            try:
+                loss, tokens = backward(batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                optimizer.zero_grad()
+                save_state(folder, step, parameters, optimizer)
+                what = f"--max-tokens ({settings.max_tokens}) or --length ({settings.length})"
+                raise ValueError(f"{where(step)}: out of memory; lower {what}: {error}") from None
             loss, stopping = add_up(parameters, loss, bool(stop))
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not math.isfinite(loss + norm.item()):
                 save_state(folder, step, parameters, optimizer)
                 what = f"the loss is {loss} and the gradient's norm {norm.item()}"
-                raise ValueError(f"step {step + 1}: {what}; the state before it is in {folder}")
+                raise ValueError(f"{where(step)}: {what}; the state before it is in {folder}")
             lr = learning_rate(step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -202,15 +215,28 @@ def batch_at(step: int, datasets: Sequence[Sequence], size: int, seed: int) -> l
     What is left of a dataset when it is cut into batches waits for another epoch's order. A dataset
     smaller than a batch is one.
     """
-    sizes = [min(size, len(items)) for items in datasets]
-    slots = [(d, i) for d, items in enumerate(datasets) for i in range(len(items) // sizes[d])]
+    slots = slots_of(datasets, size)
     epoch, place = divmod(step, len(slots))
     generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
     orders = [torch.randperm(len(items), generator=generator) for items in datasets]
     if len(datasets) > 1:  # their batches take turns at random
         place = int(torch.randperm(len(slots), generator=generator)[place])
-    d, i = slots[place]
-    return [datasets[d][j] for j in orders[d][i * sizes[d] : (i + 1) * sizes[d]].tolist()]
+    d, first, last = slots[place]
+    return [datasets[d][i] for i in orders[d][first:last].tolist()]
+
+
+def slots_of(datasets: Sequence[Sequence], size: int) -> list[tuple[int, int, int]]:
+    """The batches of an epoch: dataset, first item, behind the last item."""
+    slots = []
+    for d, items in enumerate(datasets):
+        n = min(size, len(items))
+        slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n)]
+    return slots
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 # --- Many processes ----------------------------------------------------------------------------
@@ -309,16 +335,6 @@ def load_state(
     return 0
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for a part of it, whatever stops the process."""
-    part = file.with_name(file.name + ".part")
-    with part.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, file)
-
-
 def digest(items: Iterable) -> str:
     """A short fingerprint of training data, texts or blocks of tokens."""
     sha = hashlib.sha256()
@@ -353,11 +369,13 @@ class Log:
     """
 
     def __init__(self, file: Path, steps: int, done: int):
-        kept = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= done]
+        text = file.read_text() if file.exists() else ""
+        whole = text[: text.rfind("\n") + 1].splitlines()  # the last one may have been cut off
+        kept = [line for line in whole if json.loads(line)["step"] <= done]
         self.steps, self.first = steps, done
-        self.file = (file if RANK == 0 else Path(os.devnull)).open("w")
-        print(*kept, sep="\n", end="\n" * bool(kept), file=self.file)
+        if RANK == 0:
+            write_whole(file, "".join(line + "\n" for line in kept).encode())
+        self.file = (file if RANK == 0 else Path(os.devnull)).open("a")
         self.before = json.loads(kept[-1])["seconds"] if kept else 0.0
         self.start = self.shown = self.last = time.monotonic()
         self.losses, self.tokens = [], 0
@@ -448,7 +466,11 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
 def train_simcse(
     model: LLM2Vec, documents: Sequence[str], settings: Settings, folder: Path
 ) -> None:
-    """Teach a model that a sentence is like itself and unlike others: adapters, trained, merged."""
+    """Teach a model that a sentence is like itself and unlike others: adapters, trained, merged.
+
+    Of equal sentences the corpus counts one: no batch holds a sentence as its own negative. A
+    corpus of fewer sentences than a batch is one batch.
+    """
     texts = list(dict.fromkeys(s for document in documents for s in sentences(document)))
     if len(texts) < 2:
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
@@ -662,7 +684,7 @@ def run_stage(args: argparse.Namespace) -> None:
     if args.command == "supervised":
         data = read_pairs(args.pairs, args.instructions)
     else:
-        data, _ = split_documents(read_documents(args.corpus))
+        data, _ = split_documents(read_documents(args.corpus, args.errors))
     model = load(args, args.adapters)
     if RANK == 0:
         clear(Path(args.output), args.overwrite)
@@ -770,6 +792,9 @@ def parser() -> argparse.ArgumentParser:
             add("--output", default="inspect.svg", help="(default: %(default)s)")
             continue
         command.set_defaults(run=run_stage)
+        if name != "supervised":
+            text = "what to do with lines that hold no text (default: %(default)s)"
+            add("--errors", default="strict", choices=("strict", "skip"), help=text)
         add("--output", required=True, help="run folder; a run that is there goes on")
         add("--overwrite", **again)
         add("--preset", default="paper", choices=SETTINGS[name], help="(default: %(default)s)")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,37 +14,52 @@ from torch import Tensor
 WIKIPEDIA = Path(__file__).parent / "wikipedia.jsonl"
 
 
-def read_documents(path: str | Path) -> list[str]:
+def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
     """The documents of a file: JSON lines with a `text` field (.jsonl), else one a line.
 
-    Blank documents are left out. Raises FileNotFoundError, or ValueError naming file and line, also
-    for a corpus without a single document.
+    Blank documents are left out. A line that is not UTF-8, or has no text, is a ValueError that
+    names file and line; with errors="skip" it is left out, and standard error says how many were.
+    Raises FileNotFoundError, and ValueError for a corpus without a single document.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such corpus file")
-    documents = []
+    documents, bad = [], []
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
-                line = raw.decode("utf-8")
-                text = (
-                    json.loads(line)["text"] if path.suffix == ".jsonl" and line.strip() else line
-                )
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}, line {number}: not UTF-8") from None
-            except (ValueError, KeyError, TypeError):
-                what = "expected a JSON object with a text field"
-                raise ValueError(f"{path}, line {number}: {what}") from None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{path}, line {number}: text is {type(text).__name__}, not a string"
-                )
-            if text.strip():
-                documents.append(text.strip())
+                text = document_of(raw, path.suffix == ".jsonl")
+            except ValueError as error:
+                if errors != "skip":
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+                bad.append(number)
+                continue
+            if text:
+                documents.append(text)
+    if bad:
+        what = f"skipped {len(bad)} lines, the first of them line {bad[0]}"
+        print(f"{path}: {what}", file=sys.stderr)
     if not documents:
         raise ValueError(f"{path}: an empty corpus, there is no text in it")
     return documents
+
+
+def document_of(raw: bytes, is_json: bool) -> str:
+    try:
+        line = raw.decode("utf-8").removeprefix("\ufeff").strip()
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    if not is_json or not line:
+        return line
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("expected a JSON object with a text field") from None
+    if not isinstance(text, str):
+        raise ValueError(f"text is {type(text).__name__}, not a string")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("text holds half a surrogate pair")
+    return text.strip()
 
 
 def split_documents(documents: Sequence[str], one_in: int = 50) -> tuple[list[str], list[str]]:

@@ -401,7 +401,9 @@ def published(base: Path, folder: Path, states: dict[str, Tensor]) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(PUBLISHED, indent=1) + "\n")
     decoder = our_decoder(base)
     lora.load_adapter(decoder, folder)
-    model = PeftModel.from_pretrained(transformers_model(base, is_causal=False), folder).train(False)
+    model = PeftModel.from_pretrained(transformers_model(base, is_causal=False), folder).train(
+        False
+    )
     states["published"] = compare("an adapter laid out as the published ones", decoder, model)
 
 
@@ -426,7 +428,9 @@ def adapters_out(base: Path, out: Path, states: dict[str, Tensor]) -> None:
         folder = out / f"ours-{name}"
         fill({n: w for n, w in decoder.named_parameters() if "lora_" in n}, seed)
         lora.save_adapter(decoder, folder)
-        model = PeftModel.from_pretrained(transformers_model(base, is_causal=False), folder).train(False)
+        model = PeftModel.from_pretrained(transformers_model(base, is_causal=False), folder).train(
+            False
+        )
         decoder.train(False)
         states[folder.name] = compare(f"our adapter in PEFT, {name}", decoder, model)
         again = our_decoder(base)

@@ -165,3 +165,63 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, tmp_path
     assert "the same command goes on from there" in out
     [state] = (tmp_path / "run").glob("state-*")
     assert state.stat().st_size > 0
+
+
+KILLER = f"""
+import os, random, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import train
+from data.corpus import WIKIPEDIA, read_documents
+from llm2vec import LLM2Vec
+
+documents = read_documents(WIKIPEDIA)[:150]
+root, draw = Path(sys.argv[1]), random.Random(0)
+
+
+def start(stage, folder):
+    child = os.fork()
+    if child == 0:
+        settings = train.SETTINGS[stage]["tiny"]
+        settings = replace(settings, steps={STEPS}, batch=6, length=24, save_every=1, max_tokens=144)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        train.STAGES[stage](LLM2Vec.from_pretrained({str(TINY)!r}), documents, settings, folder)
+        os._exit(0)
+    return child
+
+
+def adapter(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+took = {{}}
+for stage in ("mntp", "simcse"):
+    began = time.monotonic()
+    assert os.waitpid(start(stage, root / stage), 0)[1] == 0
+    took[stage] = time.monotonic() - began
+same = killed = 0
+for trial in range(20):
+    stage = ("mntp", "simcse")[trial % 2]
+    folder = root / str(trial)
+    child = start(stage, folder)
+    time.sleep(draw.uniform(0.05, 0.95) * took[stage])
+    os.kill(child, signal.SIGKILL)
+    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert os.waitpid(start(stage, folder), 0)[1] == 0
+    same += adapter(folder) == adapter(root / stage)
+print(same, killed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_twenty_processes_killed_at_any_moment_end_with_the_same_bits(tmp_path):
+    """With dropout, in several parts a step, from a state of every step."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    same, killed = map(int, done.stdout.split())
+    assert same == 20 and killed >= 15, "a few may have finished before the signal"
