@@ -97,6 +97,7 @@ SETTINGS = {
     "mntp": {
         "paper": Settings(length=512, batch=32, steps=1000, lr=5e-5, recompute=True),
         "tiny": Settings(length=64, batch=16, steps=120, lr=2e-3, warm_up=10),
+        "laptop": Settings(length=128, batch=8, steps=250, lr=2e-3, warm_up=20, dropout=0.0),
     },
     "simcse": {
         "paper": Settings(
@@ -104,6 +105,9 @@ SETTINGS = {
         ),
         # So small a model solves the paper's task at once: hence more dropout and a higher rate.
         "tiny": Settings(length=24, batch=64, steps=40, lr=5e-3, warm_up=10, attention_dropout=0.6),
+        "laptop": Settings(
+            length=32, batch=32, steps=80, lr=1e-3, warm_up=8, attention_dropout=0.3, dropout=0.0
+        ),
     },
     "supervised": {
         "paper": Settings(length=512, batch=512, steps=1000, lr=2e-4, warm_up=300, recompute=True),

@@ -186,7 +186,8 @@ def start(stage, folder):
     child = os.fork()
     if child == 0:
         settings = train.SETTINGS[stage]["tiny"]
-        settings = replace(settings, steps={STEPS}, batch=6, length=24, save_every=1, max_tokens=144)
+        settings = replace(settings, steps={STEPS}, batch=6, length=24, max_tokens=144)
+        settings = replace(settings, save_every=1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         train.STAGES[stage](LLM2Vec.from_pretrained({str(TINY)!r}), documents, settings, folder)
         os._exit(0)
