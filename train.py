@@ -77,8 +77,8 @@ MASK_TOKEN = "_"  # the plain token that the paper hides others with
 class Settings:
     """Everything that a stage can be told."""
 
-    length: int  # tokens in a block (mntp), or at most in a sentence (simcse)
-    batch: int  # blocks or sentences in one optimiser step
+    length: int  # tokens in a block (mntp), or at most in a text (simcse, supervised)
+    batch: int  # blocks, sentences or pairs in one optimiser step
     steps: int  # optimiser steps
     lr: float  # learning rate at its peak
     warm_up: int = 0  # steps of linear warm-up before the linear decay to zero
@@ -541,24 +541,17 @@ def train_supervised(
     """
 
     def backward(batch: list[str]) -> tuple[float, int]:
-        pairs = [json.loads(pair) for pair in batch]
-        queries = [
-            row
-            for pair in pairs
-            for row in tokenize(
-                model.tokenizer, [pair["query"]], settings.length, pair["instruction"]
-            )
-        ]
-        answers = [pair["positive"] for pair in pairs]
-        answers += [text for pair in pairs for text in pair["negatives"]]
-        rows = queries + tokenize(model.tokenizer, answers, settings.length)
-        n = len(pairs)
-        return contrast(
-            model,
-            rows,
-            lambda v: contrastive_loss(v[:n], v[n : 2 * n], v[2 * n :]),
-            settings.max_tokens,
-        )
+        pairs, rows = [json.loads(pair) for pair in batch], []
+        for p in pairs:
+            rows += tokenize(model.tokenizer, [p["query"]], settings.length, p["instruction"])
+        answers = [p["positive"] for p in pairs] + [n for p in pairs for n in p["negatives"]]
+        rows += tokenize(model.tokenizer, answers, settings.length)
+
+        def loss_of(vectors: Tensor) -> Tensor:
+            query, positive = vectors[: 2 * len(pairs)].chunk(2)
+            return contrastive_loss(query, positive, vectors[2 * len(pairs) :])
+
+        return contrast(model, rows, loss_of, settings.max_tokens)
 
     fit(model, datasets, backward, settings, folder)
 
@@ -823,8 +816,8 @@ COMMANDS = {
     "plot": "Draw a run's loss and learning rate into RUN/curves.svg.",
 }
 FLAGS = {
-    "length": "tokens in a block or sentence",
-    "batch": "blocks or sentences a step",
+    "length": "tokens in a block or text",
+    "batch": "blocks, sentences or pairs a step",
     "steps": "optimiser steps",
     "lr": "peak learning rate",
     "rank": "of the adapters",
@@ -851,6 +844,8 @@ def fraction(text: str) -> float:
 
 def main() -> None:
     args = parser().parse_args()
+    if RANKS > 1 and args.command not in STAGES:
+        raise ValueError(f"torchrun shares out a stage ({', '.join(STAGES)}), nothing else")
     with processes():
         args.run(args)
 

@@ -129,3 +129,10 @@ def test_texts_are_shared_out_and_vectors_joined_in_order(tmp_path):
     expected = LLM2Vec.from_pretrained(TINY).encode(texts)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts.txt", "v.npy"]
+
+
+def test_only_stages_are_shared_out(tmp_path):
+    how = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 60}
+    env = quiet() | {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, ROOT / "train.py"], env=env, **how)
+    assert done.returncode == 2 and "torchrun shares out a stage (mntp" in done.stderr
