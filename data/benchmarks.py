@@ -21,10 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from data.corpus import WIKIPEDIA, split_documents
-from data.metrics import entity_f1, ndcg, ranks, recall, spearman, v_measure
+from data.metrics import entity_f1, ndcg, recall, spearman, v_measure
 from llm2vec import LLM2Vec, batches_by_length, mask_tokens, pad, pool
-
-__all__ = ["entity_f1", "ndcg", "ranks", "recall", "spearman", "v_measure"]
 
 STS = Path(__file__).parent / "sts"
 STSB_DEV, STSB_TEST = STS / "stsb-dev.tsv", STS / "stsb-test.tsv"

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.benchmarks import STSB_DEV, STSB_TEST, ranks, read_sts, spearman
+from data.benchmarks import STSB_DEV, STSB_TEST, read_sts
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
+from data.metrics import ranks, spearman
 
 
 def test_spearman_with_ties_by_hand():
