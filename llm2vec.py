@@ -654,6 +654,9 @@ def mask_tokens(
     return torch.where(swapped, noise, hidden), chosen
 
 
+CHUNK = 1024  # states whose logits are in memory at once
+
+
 def mntp_loss(
     decoder: Decoder,
     masked_ids: Tensor,
@@ -665,13 +668,22 @@ def mntp_loss(
     """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.1).
 
     All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only states in front of
-    chosen tokens go through the vocabulary projection. `total` divides the sum instead of their
-    number: the number in the whole batch, when this is a part of it.
+    chosen tokens go through the vocabulary projection, and of these no more at a time than CHUNK,
+    whose logits the backward pass computes again. `total` divides the sum instead of their number:
+    the number in the whole batch, when this is a part of it.
     """
     hidden = decoder(masked_ids, segments)[:, :-1]  # state i - 1 ...
     target = chosen[:, 1:]  # ... predicts token i
-    logits = decoder.logits(hidden[target]).float()  # (number of chosen, V)
-    loss = F.cross_entropy(logits, input_ids[:, 1:][target], reduction="sum")
+
+    def loss_of(hidden: Tensor, token: Tensor) -> Tensor:
+        return F.cross_entropy(decoder.logits(hidden).float(), token, reduction="sum")
+
+    states, tokens = hidden[target].split(CHUNK), input_ids[:, 1:][target].split(CHUNK)
+    if len(states) == 1:
+        loss = loss_of(states[0], tokens[0])
+    else:
+        chunks = zip(states, tokens, strict=True)
+        loss = sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
     return loss / max(1, int(target.sum()) if total is None else total)
 
 

@@ -133,8 +133,10 @@ def test_masking_rates_are_what_was_asked(rate, replace):
     assert changed == pytest.approx(sum(replace), abs=0.01)
 
 
-def test_mntp_reads_a_masked_token_off_the_state_in_front_of_it():
+@pytest.mark.parametrize("chunk", [1024, 4])
+def test_mntp_reads_a_masked_token_off_the_state_in_front_of_it(chunk, monkeypatch):
     """Loss and gradient of every weight, against the full softmax over all positions."""
+    monkeypatch.setattr("llm2vec.CHUNK", chunk)
     decoder = small_decoder(is_causal=False, tie_word_embeddings=True)
     ids = torch.randint(50, (3, 9))
     masked, chosen = mask_tokens(ids, 7, 50, 0.5, generator=torch.Generator().manual_seed(0))
