@@ -1,0 +1,407 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch", "numpy", "tokenizers", "safetensors",
+#   "transformers==5.23.*", "peft==0.21.*", "sentence-transformers==6.2.*",
+# ]
+# ///
+"""How fast this is, side by side with what people use today.
+
+    python tests/benchmark.py --model data/models/smollm2-135m
+    python tests/benchmark.py --model data/models/smollm2-135m --dtype bfloat16 --tasks stsb mntp
+    python tests/benchmark.py --model mistral-7b --tasks mntp        (on a GPU; random weights)
+
+Each contender runs in a process of its own, on the same weights, texts and threads; they take
+turns, round by round, after one round of warm-up. Printed are medians of seconds, the ratio to this
+project's, the process's peak memory (on a GPU, the peak that torch allocated), and the share of the
+machine's own peak, measured with a large matrix product, that the useful floating-point operations
+come to: those of the text's own tokens, without padding and recomputation.
+
+Contenders: `ours`; `reference`, which is sentence-transformers for encoding and transformers with
+PEFT for training; and `llm2vec`, the authors' package (0.2.3, with transformers 4.44.2), in the
+Python of another environment, --llm2vec PYTHON. A named shape (mistral-7b, llama-3-8b,
+smollm2-135m, tiny) has random weights and is for `ours` alone.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+BATCH, LENGTH, RATE, SENTENCES = 8, 128, 0.2, 32
+SHAPES = {  # vocabulary, width, feed-forward, layers, heads, key/value heads
+    "mistral-7b": (32000, 4096, 14336, 32, 32, 8),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8),
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3),
+    "tiny": (6252, 256, 704, 6, 4, 2),
+}
+TASKS = {
+    "stsb": "encode 1,000 STS-B test sentences",
+    "wikipedia": "encode 100 Wikipedia introductions",
+    "mntp": f"MNTP step, {BATCH} x {LENGTH}",
+    "simcse": f"SimCSE step, first sentences of {SENTENCES} introductions",
+    "simcse-512": "SimCSE step, batch of 512",
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --- The texts, and what they cost -------------------------------------------------------------
+
+
+def texts_of(task: str) -> list[str]:
+    if task == "stsb":
+        lines = (ROOT / "data/sts/stsb-test.tsv").read_text(encoding="utf-8").splitlines()
+        sides = dict.fromkeys(text for line in lines for text in line.split("\t")[1:3])
+        return list(sides)[:1000]
+    with (ROOT / "data/wikipedia.jsonl").open(encoding="utf-8") as file:
+        documents = [json.loads(line)["text"] for line in file][::9]
+    if task == "wikipedia":
+        return documents[:100]
+    if task == "mntp":
+        return documents[:200]
+    count = 512 if task == "simcse-512" else SENTENCES
+    return [document.partition(". ")[0] + "." for document in documents[:count]]
+
+
+def useful_flops(task: str, lengths: list[int], config: dict) -> float:
+    """Multiplications and additions, counted as two, that the task's own tokens need."""
+    d, layers = config["hidden_size"], config["num_hidden_layers"]
+    head = config.get("head_dim") or d // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    matrices = layers * (2 * d * q + 2 * d * kv + 3 * d * config["intermediate_size"])
+    projection = sum(2 * matrices * n for n in lengths)
+    attention = sum(4 * layers * q * n * n for n in lengths)
+    if task in ("stsb", "wikipedia"):
+        return projection + attention
+    # Backward through frozen weights: the gradient of their inputs alone; attention has two inputs.
+    step = 2 * projection + 3 * attention
+    if task == "mntp":
+        return step + 2 * 2 * config["vocab_size"] * d * RATE * sum(lengths)
+    return 2 * step  # two views
+
+
+def matrix_peak(dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the best of ten."""
+    n = 8192 if DEVICE == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        float((a @ b)[0, 0])
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+# --- The contenders: each returns a function that runs one round ---------------------------------
+
+
+def ours(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
+    sys.path.insert(0, str(ROOT))
+    import llm2vec
+    import train
+    from lora import add_lora
+
+    if model in SHAPES:
+        names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+        names += ["num_attention_heads", "num_key_value_heads"]
+        shape = dict(zip(names, SHAPES[model], strict=True))
+        head = shape["hidden_size"] // shape["num_attention_heads"]
+        with torch.device(DEVICE):
+            torch.set_default_dtype(dtype)
+            decoder = llm2vec.Decoder(llm2vec.Config(**shape, head_dim=head, is_causal=False))
+            torch.set_default_dtype(torch.float32)
+        tokenizer = llm2vec.load_tokenizer(ROOT / "data/tiny-llama")
+        encoder = llm2vec.LLM2Vec(decoder.requires_grad_(False), tokenizer)
+    else:
+        encoder = llm2vec.LLM2Vec.from_pretrained(model, dtype=dtype, device=DEVICE)
+    decoder, texts = encoder.decoder, texts_of(task)
+    if task in ("stsb", "wikipedia"):
+        return lambda: encoder.encode(texts)
+    decoder.train()
+    parameters = add_lora(decoder, dropout=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    big = model in SHAPES and SHAPES[model][1] > 2000
+    decoder.recompute = big or task == "simcse-512"
+    settings = replace(train.SETTINGS["mntp"]["paper"], max_tokens=2048)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if task == "mntp":
+        batch = blocks_of(encoder.tokenizer.encode_batch(texts)).to(DEVICE)
+
+        def mntp() -> None:
+            masked, chosen = llm2vec.mask_tokens(batch, 0, decoder.config.vocab_size, RATE)
+            llm2vec.mntp_loss(decoder, masked, batch, chosen).backward()
+            update()
+
+        return mntp
+    decoder.config.attention_dropout = 0.3
+    rows = 2 * llm2vec.tokenize(encoder.tokenizer, texts, 128)
+
+    def simcse() -> None:
+        train.contrast(
+            encoder, rows, lambda v: llm2vec.contrastive_loss(*v.chunk(2)), settings.max_tokens
+        )
+        update()
+
+    return simcse
+
+
+def blocks_of(encodings: list) -> Tensor:
+    ids = [i for encoding in encodings for i in encoding.ids][: BATCH * LENGTH]
+    return torch.tensor(ids).view(BATCH, LENGTH)
+
+
+def reference(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
+    """sentence-transformers on the exported folder; transformers with PEFT, as in their guides."""
+    from peft import LoraConfig, get_peft_model
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    sys.path.insert(0, str(ROOT))
+    import llm2vec
+
+    texts = texts_of(task)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "encoder"
+        llm2vec.LLM2Vec.from_pretrained(model, dtype=dtype).save(folder)
+        how = {"dtype": dtype, "attn_implementation": "sdpa"}
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if task in ("stsb", "wikipedia", "simcse-512"):
+            encoder = SentenceTransformer(str(folder), device=DEVICE, model_kwargs=how)
+        elif task == "mntp":
+            decoder = AutoModelForCausalLM.from_pretrained(folder, **how).to(DEVICE)
+        else:
+            decoder = AutoModel.from_pretrained(folder, attention_dropout=0.3, **how).to(DEVICE)
+    if task in ("stsb", "wikipedia"):
+        return lambda: encoder.encode(texts, batch_size=32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
+    if task == "simcse-512":
+        encoder.max_seq_length = 128
+        transformer = encoder[0].model if hasattr(encoder[0], "model") else encoder[0].auto_model
+        transformer.config.attention_dropout = 0.3
+        for layer in transformer.layers:
+            layer.self_attn.attention_dropout = 0.3
+        encoder.add_adapter(lora)
+        loss = losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=32)
+        trained = encoder.train()
+    else:
+        trained = get_peft_model(decoder, lora).train()
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if task == "mntp":
+        batch = blocks_of(tokenizer(texts, add_special_tokens=False).encodings).to(DEVICE)
+
+        def mntp() -> None:
+            chosen = torch.rand(batch.shape, device=DEVICE) < RATE
+            masked = batch.masked_fill(chosen, 0)
+            trained(masked, labels=batch.masked_fill(~chosen, -100)).loss.backward()
+            update()
+
+        return mntp
+    if task == "simcse-512":
+
+        def cached() -> None:
+            features = encoder.preprocess(texts) if hasattr(encoder, "preprocess") else None
+            features = features or encoder.tokenize(texts)
+            loss([dict(features), dict(features)], None).backward()
+            update()
+
+        return cached
+    batch = tokenizer(2 * texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+
+    def simcse() -> None:
+        hidden = trained(**batch.to(DEVICE)).last_hidden_state
+        own = batch["attention_mask"][..., None]
+        vectors = (hidden * own).sum(1) / own.sum(1)
+        a, b = torch.nn.functional.normalize(vectors.float(), dim=-1).chunk(2)
+        target = torch.arange(len(a), device=DEVICE)
+        torch.nn.functional.cross_entropy(20 * a @ b.T, target).backward()
+        update()
+
+    return simcse
+
+
+def llm2vec(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
+    """The authors' package, in an environment of its own."""
+    sys.path = [p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests"))]
+    from llm2vec import LLM2Vec
+
+    texts = texts_of(task)
+    how = {"torch_dtype": dtype, "attn_implementation": "sdpa", "device_map": DEVICE}
+    encoder = LLM2Vec.from_pretrained(model, enable_bidirectional=True, **how)
+    if task in ("stsb", "wikipedia"):
+        return lambda: encoder.encode(texts, batch_size=32, show_progress_bar=False)
+    from llm2vec.loss.HardNegativeNLLLoss import HardNegativeNLLLoss
+    from llm2vec.models import LlamaBiForMNTP
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
+    if task == "mntp":
+        decoder = LlamaBiForMNTP.from_pretrained(model, torch_dtype=dtype).to(DEVICE)
+        decoder.model = get_peft_model(decoder.model, lora)
+        trained = decoder.train()
+    else:
+        encoder.model.config.attention_dropout = 0.3
+        for layer in encoder.model.layers:
+            layer.self_attn.attention_dropout = 0.3
+        encoder.model = get_peft_model(encoder.model, lora)
+        encoder.max_length = 128
+        trained = encoder.train()
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if task == "mntp":
+        batch = blocks_of(encoder.tokenizer(texts, add_special_tokens=False).encodings).to(DEVICE)
+
+        def mntp() -> None:
+            chosen = torch.rand(batch.shape, device=DEVICE) < RATE
+            labels = batch.masked_fill(~chosen, -100)
+            trained(batch.masked_fill(chosen, 0), labels=labels).loss.backward()
+            update()
+
+        return mntp
+    loss = HardNegativeNLLLoss(scale=20.0)
+
+    def simcse() -> None:
+        prepared = [encoder.prepare_for_tokenization(text) for text in texts]
+        features = encoder.tokenize(prepared).to(DEVICE)
+        views = [encoder.forward({k: v for k, v in features.items()}) for _ in range(2)]
+        loss(*views).backward()
+        update()
+
+    return simcse
+
+
+# --- Rounds ------------------------------------------------------------------------------------
+
+
+def work(kind: str, task: str, model: str, dtype: str) -> None:
+    """A contender's process: a round for each line on standard input."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    torch.manual_seed(0)
+    round_of = {"ours": ours, "reference": reference, "llm2vec": llm2vec}[kind]
+    once = round_of(task, model, getattr(torch, dtype))
+    print("ready", file=out, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        once()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if DEVICE == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        print(json.dumps({"seconds": seconds, "peak": peak}), file=out, flush=True)
+
+
+def compete(task: str, contenders: dict[str, str], args: argparse.Namespace) -> dict[str, dict]:
+    """Medians of rounds taken in turns; a contender that fails is named and left out."""
+    running = {}
+    for kind, python in contenders.items():
+        command = [python, __file__, "--worker", kind, "--model", args.model, "--dtype", args.dtype]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        worker = subprocess.Popen([*command, "--tasks", task], stderr=log, **pipes)
+        if worker.stdout.readline() != "ready\n":
+            worker.wait()
+            log.seek(0)
+            print(f"{task}: {kind} failed: {log.read().strip().splitlines()[-1:]}", flush=True)
+            continue
+        running[kind] = worker, []
+    for round_number in range(args.rounds + 1):
+        for kind, (worker, rounds) in list(running.items()):
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+            if not line:
+                print(f"{task}: {kind} stopped in round {round_number}", flush=True)
+                running.pop(kind)
+            elif round_number > 0:
+                rounds.append(json.loads(line))
+    for worker, _ in running.values():
+        worker.stdin.close()
+        worker.wait()
+    return {
+        kind: {key: statistics.median(r[key] for r in rounds) for key in ("seconds", "peak")}
+        for kind, (_, rounds) in running.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(ROOT / "data/tiny-llama"), help="folder or shape")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--llm2vec", metavar="PYTHON", help="Python that has llm2vec 0.2.3")
+    parser.add_argument("--alone", action="store_true", help="this project alone")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.tasks[0], args.model, args.dtype)
+        return
+    sys.path.insert(0, str(ROOT))
+    from llm2vec import load_tokenizer
+
+    contenders = {"ours": sys.executable}
+    if args.model in SHAPES:
+        tokenizer = load_tokenizer(ROOT / "data/tiny-llama")
+        names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+        names += ["num_attention_heads", "num_key_value_heads"]
+        config = dict(zip(names, SHAPES[args.model], strict=True))
+    else:
+        tokenizer = load_tokenizer(args.model)
+        config = json.loads((Path(args.model) / "config.json").read_text())
+        if not args.alone:
+            contenders["reference"] = sys.executable
+        if args.llm2vec:
+            contenders["llm2vec"] = args.llm2vec
+    peak = matrix_peak(getattr(torch, args.dtype))
+    print(
+        f"{args.model}, {args.dtype}, {DEVICE}, {torch.get_num_threads()} threads, torch", end=" "
+    )
+    print(f"{torch.__version__}; matrix peak {peak / 1e9:,.0f} GFLOP/s; {args.rounds} rounds\n")
+    print("| task | contender | seconds | times ours | tokens/s | share of peak | peak MiB |")
+    print("| --- | --- | --: | --: | --: | --: | --: |", flush=True)
+    for task in args.tasks:
+        lengths = [len(e.ids) for e in tokenizer.encode_batch(texts_of(task))]
+        if task == "mntp":
+            lengths = [LENGTH] * BATCH
+        flops = useful_flops(task, lengths, config)
+        tokens = sum(lengths) * (2 if task.startswith("simcse") else 1)
+        results = compete(task, contenders, args)
+        for kind, result in results.items():
+            seconds = result["seconds"]
+            ratio = seconds / results["ours"]["seconds"] if "ours" in results else float("nan")
+            row = (
+                f"| {TASKS[task]} | {kind} | {seconds:.2f} | {ratio:.2f} | {tokens / seconds:,.0f} "
+            )
+            print(f"{row}| {flops / seconds / peak:.0%} | {result['peak']:,.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
