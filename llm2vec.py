@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -508,6 +509,9 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
         if "[OPEN]" in tokenizer.to_str():
             raise ValueError(f"{file}: has a chat template already")
         opening, closing = TEMPLATES[template]
+        for marker in re.findall(r"<\|\w+\|>", opening + closing):
+            if tokenizer.token_to_id(marker) is None:
+                raise ValueError(f"{file}: has no token {marker}, as template {template} needs")
         front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
         back = tokenizer.encode(closing, add_special_tokens=False)
         markers = [

@@ -496,3 +496,19 @@ def test_a_template_is_recorded_in_the_saved_folder(folder, mistral, tmp_path):
         LLM2Vec.from_pretrained(tmp_path / "out", template="mistral")
     with pytest.raises(ValueError, match="template 'gpt'"):
         LLM2Vec.from_pretrained(folder, template="gpt")
+
+
+def test_a_tokenizer_without_bos_may_have_one_in_front_and_keeps_it(tmp_path, mistral):
+    model = LLM2Vec.from_pretrained(TINY, template="endoftext")
+    [(ids, own)] = tokenize(model.tokenizer, ["A text of its own"], 16)
+    plain = model.tokenizer.encode("A text of its own", add_special_tokens=False).ids
+    assert ids == [model.tokenizer.token_to_id("<|endoftext|>"), *plain]
+    assert own == [False] + [True] * len(plain)
+    model.save(tmp_path / "out")
+    vectors = model.encode(["A text of its own", "and one more"])
+    again = LLM2Vec.from_pretrained(tmp_path / "out").encode(["A text of its own", "and one more"])
+    np.testing.assert_array_equal(vectors, again)
+    prompts = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert prompts["default_prompt_name"] == "default", "which keeps BOS out of the mean there too"
+    with pytest.raises(ValueError, match=r"tokenizer.json: has no token <\|endoftext\|>"):
+        load_tokenizer(mistral, "endoftext")
