@@ -133,7 +133,7 @@ class Config:
         for key, field in cls.__dataclass_fields__.items():
             value = given.get(key, field.default)
             if field.type is int or key == "sliding_window" and value is not None:
-                below = 1000 if key == "num_hidden_layers" else 2**24
+                below = {"num_hidden_layers": 1000, "head_dim": 2**12}.get(key, 2**24)
                 whole = type(value) is int and 0 < value < below
                 shown = None if key not in given else value
                 expect(whole, key, f"a positive whole number below {below}", shown)
@@ -172,8 +172,8 @@ def inside(folder: Path, name: str, why: str) -> Path:
     The cache of the Hugging Face hub is known: its snapshots link to blobs of the same model.
     """
     file, home = existing(folder / name, why), folder.resolve()
-    hub = home.parent.parent if home.parent.name == "snapshots" else home
-    if not file.resolve().is_relative_to(hub):
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not any(file.resolve().is_relative_to(place) for place in (home, blobs)):
         raise ValueError(f"{file}: a link out of its folder, to {file.resolve()}")
     return file
 
@@ -403,6 +403,9 @@ class Decoder(nn.Module):
 
 # --- Weights -----------------------------------------------------------------------------------
 
+# Types that are numbers by themselves; whole numbers and 8 bits mean a quantised checkpoint.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a decoder made on the meta device from safetensors, one tensor in memory at a time."""
@@ -414,7 +417,8 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
         what = f"its weights take {size / 2**30:,.1f} GiB as {dtype}, {device} has"
         raise ValueError(f"{folder / 'config.json'}: {what} {room / 2**30:,.1f} GiB")
     inner = True  # no name starts with `model.`: a checkpoint of the inner model
-    for file in _weight_files(folder):
+    files, weight_map = _weight_files(folder)
+    for file in files:
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -427,20 +431,27 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
                     if key not in wanted:
                         what = "is there twice" if key in known else "has no place in this model"
                         raise ValueError(f"{file}: tensor {name} {what}")
+                    told = weight_map.get(name, file.name)
+                    if told != file.name:
+                        raise ValueError(f"{file}: tensor {name} is here, its index says {told}")
                     expected = list(wanted.pop(key).shape)
                     shape = tensors.get_slice(name).get_shape()
                     if shape != expected:
                         raise ValueError(f"{file}: tensor {name} is {shape}, expected {expected}")
                     module, _, leaf = key.rpartition(".")
                     weight = tensors.get_tensor(name)
-                    if not weight.is_floating_point():
+                    if weight.dtype not in FLOATS:
                         raise ValueError(f"{file}: tensor {name} has type {weight.dtype}")
+                    weight = weight.to(dtype)
                     if not weight.isfinite().all():
-                        raise ValueError(f"{file}: tensor {name} holds NaN or infinity")
-                    weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+                        what = f"holds NaN or infinity as {dtype}"
+                        raise ValueError(f"{file}: tensor {name} {what}")
+                    weight = nn.Parameter(weight, requires_grad=False)
                     setattr(decoder.get_submodule(module), leaf, weight)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+        except RuntimeError as error:  # no memory to map the file, or to hold a tensor
+            raise ValueError(f"{file}: can't be loaded: {error}") from None
     if inner and "lm_head.weight" in wanted:
         del wanted["lm_head.weight"]
         decoder.lm_head = None
@@ -452,17 +463,27 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has in all."""
+    """Bytes of memory: all of the machine's; of a GPU, what is free or torch's own to reuse."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if not hasattr(os, "sysconf"):  # Windows does not say
+        return sys.maxsize
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is one of the ways in which torch says that memory is short."""
+    said = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and said
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a checkpoint, and which of them has which tensor, where an index says so."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         why = "neither it nor model.safetensors.index.json is there"
-        return [inside(folder, "model.safetensors", why)]
+        return [inside(folder, "model.safetensors", why)], {}
     inside(folder, index.name, "the weights are read from it")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -471,7 +492,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:  # a path could name any file of the machine
             raise ValueError(f"{index}: {name!r} is not the name of a file in this folder")
-    return [inside(folder, name, f"{index.name} lists it") for name in names]
+    return [inside(folder, name, f"{index.name} lists it") for name in names], weight_map
 
 
 # --- Text to tokens ----------------------------------------------------------------------------
@@ -499,7 +520,10 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
     file = inside(Path(folder), "tokenizer.json", "the tokenizer is read from it")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
+        tokenizer.encode("a")  # some faults show only in use
+    except BaseException as error:  # tokenizers raises plain Exception; or panics, in Rust
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise ValueError(f"{file}: not a tokenizer: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -557,6 +581,8 @@ def tokenize(
     tokenizer.enable_truncation(max_length)
     try:
         encodings = tokenizer.encode_batch([lead + text for text in texts])
+    except Exception as error:  # an unknown token, where the tokenizer has none for them
+        raise ValueError(f"tokenizer.json: can't encode these texts: {error}") from None
     finally:
         tokenizer.no_truncation()
     rows = []
@@ -727,7 +753,8 @@ class LLM2Vec:
         self.pooling, self.max_length = pooling, max_length
         if pooling not in POOLING:
             raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
-        last, V = max(tokenizer.get_vocab().values()), decoder.config.vocab_size
+        ids, V = tokenizer.get_vocab().values(), decoder.config.vocab_size
+        last = max(*ids, *tokenizer.encode("a").ids)  # around a text there may be others
         if last >= V:
             raise ValueError(f"tokenizer.json: has token ids up to {last}, the model embeds {V}")
 
@@ -903,7 +930,10 @@ def save_weights(state: dict[str, Tensor], folder: Path) -> None:
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, too
+            raise OSError(f"{folder / name}: {error}") from None
     if len(shards) > 1:
         total = sum(weight.nbytes for weight in state.values())
         weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
@@ -1040,7 +1070,8 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
             if as_json:
                 for record, vector in zip(records, vectors, strict=True):
                     record["vector"] = [round(float(x), 6) for x in vector]
-                    out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    line = json.dumps(record, ensure_ascii=False)
+                    out.write(line.encode("utf-8", "backslashreplace") + b"\n")
             else:
                 out.write(vectors.tobytes())
             done += len(records)
@@ -1062,13 +1093,13 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
 def read_record(line: bytes, source: str, number: int) -> dict:
     """A line as {"text": ...} and whatever else its JSON object holds."""
     try:
-        text = line.decode("utf-8").rstrip("\r\n")
+        text = line.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
         record = json.loads(text) if source.endswith(".jsonl") else {"text": text}
-        if isinstance(record["text"], str):
-            return record
-    except UnicodeDecodeError:
+        record["text"].encode()  # half a surrogate pair is no text
+        return record
+    except UnicodeError:
         raise ValueError(f"{source}, line {number}: not UTF-8") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{source}, line {number}: expected a JSON object with a string `text`")
 
@@ -1106,8 +1137,10 @@ def run(main: Callable[[], None]) -> None:
     """Run a command line: a foreseen error is one line and exit status 2, Ctrl-C exits with 130."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -161,11 +162,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         if not needed.is_file():
             raise FileNotFoundError(f"{needed}: no such file; an adapter folder has one")
         target, home = needed.resolve(), Path(folder).resolve()
-        hub = home.parent.parent if home.parent.name == "snapshots" else home  # the hub's cache
-        if not target.is_relative_to(hub):
+        # The hub's cache is made of links to blobs, see `inside` in llm2vec.py.
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if not any(target.is_relative_to(place) for place in (home, blobs)):
             raise ValueError(f"{needed}: a link out of its folder, to {target}")
     if adapted(model):
         raise ValueError("the model has adapters already: merge_lora first")
+    size, room = file.stat().st_size, memory()
+    if size > room:
+        raise ValueError(f"{file}: takes {size:,} bytes, this machine has {room:,}")
     try:
         config, state = json.loads(config_file.read_text(encoding="utf-8")), load_file(file)
     except SafetensorError as error:
@@ -179,6 +184,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         name, _, part = key.removesuffix(".weight").rpartition(".")
         name = name.removeprefix("base_model.model.")  # may start with `model.`, as patterns may
         pairs.setdefault(name, {})[part] = weight
+    if not pairs:
+        raise ValueError(f"{file}: holds no adapter")
     modules = {f"{p}{n}": m for n, m in model.named_modules() for p in ("", "model.")}
     for name, pair in pairs.items():
         module, rank = modules.get(name), _pattern(config, "rank_pattern", name, config["r"])
@@ -186,11 +193,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             raise ValueError(f"{file}: {name} has {', '.join(sorted(pair))}, not lora_A and lora_B")
         if not isinstance(module, nn.Linear):
             raise ValueError(f"{file}: {name} is not the name of a projection in this model")
+        if f"model.{name}" in pairs:
+            raise ValueError(f"{file}: {name} is there twice, once as model.{name}")
         fits = {"lora_A": [rank, module.in_features], "lora_B": [module.out_features, rank]}
         for part, shape in fits.items():
-            if list(pair[part].shape) != shape:
-                found = list(pair[part].shape)
+            weight = pair[part]
+            if list(weight.shape) != shape:
+                found = list(weight.shape)
                 raise ValueError(f"{file}: {name}.{part} is {found}, expected {shape}")
+            if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise ValueError(f"{file}: {name}.{part} has type {weight.dtype}")
+            if not weight.float().isfinite().all():
+                raise ValueError(f"{file}: {name}.{part} holds NaN or infinity")
     model.requires_grad_(False)
     for name, pair in pairs.items():
         module, rank = modules[name], pair["lora_A"].shape[0]
@@ -200,6 +214,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         module.lora_A.weight.copy_(pair["lora_A"])
         module.lora_B.weight.copy_(pair["lora_B"])
         module.train(model.training)
+
+
+def memory() -> int:
+    """Bytes of memory that the machine has."""
+    if not hasattr(os, "sysconf"):  # Windows does not say
+        return sys.maxsize
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # What PEFT has and this file has not: it would change the numbers, so it is refused by name.
@@ -212,7 +233,7 @@ def _check(config: object, file: Path) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is not LORA")
     for key in ("r", "lora_alpha"):
-        if type(config.get(key)) not in (int, float) or not config[key] > 0:
+        if type(config.get(key)) not in (int, float) or not 0 < config[key] < 1e15:
             raise ValueError(f"{file}: {key} is {config.get(key)!r}, expected a number above 0")
     dropout = config.get("lora_dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
@@ -222,11 +243,14 @@ def _check(config: object, file: Path) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         try:
-            whole = all(re.compile(p) and v > 0 for p, v in patterns.items())
-        except (re.error, TypeError, AttributeError):
+            whole = all(re.compile(_PLACE % p) and 0 < v < 1e15 for p, v in patterns.items())
+        except (re.error, TypeError, AttributeError, RecursionError, OverflowError):
             whole = False
         if not whole:
             raise ValueError(f"{file}: {key} is not an object of patterns and numbers above 0")
+        for p in patterns:  # one that repeats repetitions could be matched until the end of days
+            if len(re.findall(r"[*+?{|]", p)) > 6 or re.search(r"\)[*+{]", p):
+                raise ValueError(f"{file}: {key} has too intricate a pattern: {p!r:.60}")
     for key in UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{file}: {key} is {config[key]!r}, which is not supported")
@@ -237,9 +261,12 @@ def _check(config: object, file: Path) -> None:
         raise ValueError(f"{file}: bias is {config['bias']!r}, which is not supported")
 
 
+_PLACE = r"(.*\.)?(%s)$"  # the end of a name, from a dot on
+
+
 def _pattern(config: dict, field: str, name: str, default: float) -> float:
     """The value of the first pattern that the end of a name matches, as in PEFT."""
     for pattern, value in (config.get(field) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_PLACE % pattern, name):
             return value
     return default

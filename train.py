@@ -58,6 +58,7 @@ from llm2vec import (
     LLM2Vec,
     batches_by_length,
     contrastive_loss,
+    is_out_of_memory,
     mask_tokens,
     mntp_loss,
     processes,
@@ -236,11 +237,6 @@ def slots_of(datasets: Sequence[Sequence], size: int) -> list[tuple[int, int, in
         n = min(size, len(items))
         slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n)]
     return slots
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 # --- Many processes ----------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def as_pair(line: bytes, where: str, instruction: str | None) -> str:
             text.encode("utf-8")  # half a surrogate pair is no text
     except UnicodeError:
         raise ValueError(f"{where}: not UTF-8") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         what = "expected an object with strings: query, positive, perhaps negative, instruction"
         raise ValueError(f"{where}: {what}") from None
     return json.dumps(pair)

@@ -104,7 +104,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(folder, mon
     "changes",
     [
         {"hidden_size": 2**23, "intermediate_size": 2**23},
-        {"hidden_size": 2**22, "num_attention_heads": 2**22, "head_dim": 2**22},
+        {"hidden_size": 2**22, "num_attention_heads": 2**22, "head_dim": 2**11},
         {"vocab_size": 2**23, "hidden_size": 2**23, "num_hidden_layers": 999},
     ],
 )
