@@ -7,6 +7,7 @@ bfloat16, because an optimiser's steps are far smaller than bfloat16's spacing; 
 in W's type, as mixed precision does.
 """
 
+import functools
 import json
 import math
 import os
@@ -35,8 +36,10 @@ class LoRALinear(nn.Linear):
     dropout: float
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        x_in = F.dropout(x, self.dropout, self.training)
-        A, B = self.lora_A.weight.to(x.dtype), (self.lora_B.weight * self.scale).to(x.dtype)
+        x_in, scale = x, self.scale
+        if self.training and self.dropout > 0:
+            x_in, scale = torch.where(kept(x, self.dropout), x, 0), scale / (1 - self.dropout)
+        A, B = self.lora_A.weight.to(x.dtype), (self.lora_B.weight * scale).to(x.dtype)
         return super().forward(x) + F.linear(F.linear(x_in, A), B)
 
     def delta(self) -> Tensor:
@@ -44,10 +47,34 @@ class LoRALinear(nn.Linear):
         return self.lora_B.weight @ self.lora_A.weight * self.scale
 
 
+def kept(x: Tensor, p: float) -> Tensor:
+    """What dropout spares of x: booleans of its shape, each False with chance p to within 2^-16.
+
+    Four numbers share 64 random bits. torch's dropout draws as many for each, which on a CPU takes
+    a fifth of a training step.
+    """
+    n = x.numel()
+    bits = torch.empty(n // 4 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    return (bits.view(torch.int16)[:n] >= round(p * 2**16) - 2**15).view(x.shape)
+
+
+class NF4Linear(nn.Linear):
+    """A frozen projection in 4 bits, made by `quantize_nf4` below."""
+
+    scales: Tensor  # (out * in / 64), float32; `weight` is (out * in / 2) bytes of two codes each
+
+    def forward(self, x: Tensor) -> Tensor:
+        return NF4Product.apply(x, self)
+
+
+class QLoRALinear(LoRALinear, NF4Linear):
+    """An adapter on a 4-bit projection: LoRALinear's super() is NF4Linear here."""
+
+
 def adapt(module: nn.Linear, rank: int, scale: float, dropout: float) -> None:
     """Turn an nn.Linear into a LoRALinear. It changes class, not identity: weight and name stay."""
     device = module.weight.device
-    module.__class__ = LoRALinear
+    module.__class__ = QLoRALinear if isinstance(module, NF4Linear) else LoRALinear
     module.lora_A = nn.Linear(module.in_features, rank, bias=False, device=device)
     module.lora_B = nn.Linear(rank, module.out_features, bias=False, device=device)
     nn.init.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))
@@ -88,11 +115,105 @@ def add_lora(
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add each adapter into its projection, computed in float32, and remove it."""
+    """Add each adapter into its projection, computed in float32, and remove it.
+
+    Raises ValueError for a 4-bit projection, whose steps are too coarse to hold an adapter.
+    """
+    if is_quantized(model):
+        raise ValueError("4-bit weights take no adapter: merge it into the weights as they were")
     for module in adapted(model).values():
         module.weight.copy_(module.weight.float() + module.delta())
         del module.lora_A, module.lora_B, module.scale, module.dropout
         module.__class__ = nn.Linear
+
+
+# --- A 4-bit base ------------------------------------------------------------------------------
+# QLoRA (Dettmers et al. 2023, arXiv 2305.14314). Training never changes a frozen weight, so it may
+# be stored coarsely: in blocks of 64 numbers, each a 4-bit code, a place in a table of 16 values,
+# times the largest absolute value of its block. A matrix is decoded where it is multiplied, in the
+# forward pass and again in the backward pass, and not kept. Per weight that is 4 bits and half a
+# bit of its block's float32 scale, instead of 16. The adapters learn to live with the rounding; for
+# use, they are merged into the weights as they were.
+
+BLOCK = 64
+
+
+def nf4_table() -> Tensor:
+    """The 16 values of NormalFloat, ascending from -1 to 1, float32 (their section 3).
+
+    Weights are about normally distributed, so the values are quantiles of the normal distribution:
+    each code is then used about as often as any other, which is how 4 bits say most. Eight
+    quantiles are positive and seven negative, evenly spaced in probability, and zero is exact. The
+    outermost would be infinite at probability 1; they stop half-way between 1 - 1/30 and 1 - 1/32.
+    """
+    outermost = 1 - (1 / 30 + 1 / 32) / 2
+    positive, negative = (
+        torch.special.ndtri(torch.linspace(outermost, 0.5, n + 1, dtype=torch.float64))[:-1]
+        for n in (8, 7)
+    )
+    return torch.cat([-negative, torch.zeros(1), positive.flip(0)]).div(positive[0]).float()
+
+
+def quantize_nf4(
+    model: nn.Module, device: str | torch.device = "cpu", targets: Sequence[str] = PROJECTIONS
+) -> None:
+    """Freeze a model, store its projections in 4 bits, and move it to a device, matrix by matrix.
+
+    Raises ValueError for adapters that are not merged, or a projection that blocks of 64 don't fit.
+    """
+    if adapted(model):
+        raise ValueError("the model has adapters: merge_lora first")
+    model.requires_grad_(False)
+    table = nf4_table().to(device)
+    between = (table[1:] + table[:-1]) / 2  # a number's code is how many of these lie below it
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in targets:
+            continue
+        if module.weight.numel() % BLOCK:
+            raise ValueError(f"{name} has {module.weight.numel()} numbers, not blocks of {BLOCK}")
+        blocks = module.weight.detach().to(device).float().view(-1, BLOCK)
+        scales = blocks.abs().amax(dim=1)
+        blocks = blocks / scales.clamp_min(1e-30)[:, None]
+        codes = torch.bucketize(blocks, between, out_int32=True).to(torch.uint8).view(-1, 2)
+        module.weight = nn.Parameter(codes[:, 0] * 16 + codes[:, 1], requires_grad=False)
+        module.register_buffer("scales", scales)
+        module.__class__ = NF4Linear
+    model.to(device)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, NF4Linear) for module in model.modules())
+
+
+def decode_nf4(codes: Tensor, scales: Tensor) -> Tensor:
+    """The numbers, float32 (out * in,), of bytes of two codes each and their blocks' scales."""
+    blocks = F.embedding(codes.int(), nf4_pairs(codes.device)).view(-1, BLOCK)
+    return blocks.mul_(scales[:, None]).flatten()
+
+
+@functools.cache
+def nf4_pairs(device: torch.device) -> Tensor:
+    """The two values that each byte stands for, (256, 2)."""
+    table = nf4_table()
+    return torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1).to(device)
+
+
+class NF4Product(torch.autograd.Function):
+    """x (..., in) times a 4-bit projection, which both passes decode and neither keeps."""
+
+    @staticmethod
+    def weight(module: NF4Linear, dtype: torch.dtype) -> Tensor:
+        weight = decode_nf4(module.weight, module.scales)
+        return weight.view(module.out_features, module.in_features).to(dtype)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, module: NF4Linear) -> Tensor:
+        ctx.module = module
+        return F.linear(x, NF4Product.weight(module, x.dtype), module.bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ NF4Product.weight(ctx.module, grad.dtype), None
 
 
 # --- Files, in PEFT's format -------------------------------------------------------------------

@@ -7,7 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_method import small_decoder
 
-from lora import PROJECTIONS, adapted, add_lora, load_adapter, merge_lora, save_adapter
+from lora import (
+    PROJECTIONS,
+    adapted,
+    add_lora,
+    kept,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -135,3 +143,31 @@ def test_a_broken_adapter_is_named(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
         load_adapter(small_decoder(), tmp_path)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_spares_each_number_with_the_chance_it_should(p):
+    torch.manual_seed(0)
+    x = torch.zeros(3, 7, 10_001)
+    spared = kept(x, p)
+    assert spared.shape == x.shape
+    n = x.numel()
+    assert abs((~spared).sum() - n * p) < 4 * (n * p * (1 - p)) ** 0.5, "four standard deviations"
+    # Numbers that share 64 random bits, or lie far apart, are spared independently of each other.
+    flat = spared.flatten().float() - (1 - p)
+    for distance in (1, 2, 3, 4, 10_001):
+        product = (flat[:-distance] * flat[distance:]).mean().item()
+        assert abs(product) < 5 * p * (1 - p) / n**0.5
+    torch.manual_seed(0)
+    assert torch.equal(kept(x, p), spared), "as the seed says"
+    assert not torch.equal(kept(x, p), spared)
+
+
+def test_dropout_keeps_the_mean():
+    decoder = with_adapters(dropout=0.3).train()
+    module = decoder.layers[0].mlp.up_proj
+    x = torch.ones(20_000, module.in_features)
+    torch.manual_seed(0)
+    with_dropout = module(x).mean(0)
+    module.train(False)
+    torch.testing.assert_close(with_dropout, module(x[0]), atol=0.02, rtol=0.02)

@@ -1,0 +1,247 @@
+"""The 4-bit base: its table and rounding, its gradients, and the memory that Mistral-7B takes."""
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_method import small_decoder
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llm2vec
+import lora
+from llm2vec import Config, Decoder, LLM2Vec, mntp_loss
+from lora import (
+    NF4Linear,
+    adapted,
+    add_lora,
+    decode_nf4,
+    load_adapter,
+    merge_lora,
+    nf4_table,
+    quantize_nf4,
+    save_adapter,
+)
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data" / "tiny-llama"
+
+# QLoRA's table, as its appendix E and bitsandbytes have it.
+PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
+PUBLISHED += [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
+PUBLISHED += [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+PUBLISHED += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+
+
+def tiny(quantized: bool = True) -> LLM2Vec:
+    model = LLM2Vec.from_pretrained(TINY)
+    if quantized:
+        quantize_nf4(model.decoder)
+    return model
+
+
+def test_the_table_is_the_published_one():
+    torch.testing.assert_close(nf4_table(), torch.tensor(PUBLISHED), atol=1e-6, rtol=0)
+
+
+def test_every_number_becomes_the_nearest_value_of_its_block():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 32, bias=False)
+    layer.weight.data[0] = 0  # blocks of zeros
+    model = torch.nn.ModuleDict({"q_proj": layer})
+    before = layer.weight.detach().clone()
+    quantize_nf4(model)
+    after = decode_nf4(layer.weight, layer.scales)
+    for block, decoded in zip(before.view(-1, 64), after.view(-1, 64), strict=True):
+        choices = nf4_table() * block.abs().max()
+        nearest = (block[:, None] - choices).abs().min(dim=1)
+        torch.testing.assert_close((decoded - block).abs(), nearest.values)
+    assert layer.weight.nbytes == before.numel() / 2, "two codes a byte"
+    assert layer.scales.numel() == before.numel() / 64
+
+
+def test_normal_weights_lose_a_tenth_of_their_size():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(512, 512, bias=False)
+    torch.nn.init.normal_(layer.weight, std=0.02)
+    before = layer.weight.detach().clone()
+    quantize_nf4(torch.nn.ModuleDict({"q_proj": layer}))
+    error = decode_nf4(layer.weight, layer.scales).view_as(before) - before
+    assert 0.05 < error.norm() / before.norm() < 0.1
+
+
+def dense(decoder: Decoder) -> Decoder:
+    """The decoder whose weights are what the 4 bits stand for."""
+    for module in decoder.modules():
+        if isinstance(module, NF4Linear):
+            shape = module.out_features, module.in_features
+            weight = decode_nf4(module.weight, module.scales).view(shape)
+            module.__class__ = torch.nn.Linear
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return decoder
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_those_of_the_decoded_weights(recompute):
+    ids = torch.randint(6000, (2, 24), generator=torch.Generator().manual_seed(0))
+    chosen = torch.zeros(2, 24, dtype=torch.bool)
+    chosen[:, 5::3] = True
+    gradients = []
+    for decoder in (tiny().decoder, dense(tiny().decoder)):
+        torch.manual_seed(0)
+        parameters = add_lora(decoder.train(), dropout=0.1)
+        for p in parameters:
+            torch.nn.init.normal_(p, std=0.02)
+        decoder.recompute = recompute
+        torch.manual_seed(1)
+        loss = mntp_loss(decoder, ids, ids, chosen)
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert a.abs().max() > 0
+
+
+def test_biases_are_added_as_they_were():
+    layer = torch.nn.Linear(64, 8)
+    quantize_nf4(torch.nn.ModuleDict({"k_proj": layer}))
+    x = torch.randn(3, 64)
+    weight = decode_nf4(layer.weight, layer.scales).view(8, 64)
+    torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)
+
+
+def test_an_adapter_is_merged_into_the_weights_as_they_were_and_never_into_4_bits(tmp_path):
+    model = tiny()
+    for p in add_lora(model.decoder):
+        torch.nn.init.normal_(p, std=0.02)
+    save_adapter(model.decoder, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="4-bit weights take no adapter"):
+        merge_lora(model.decoder)
+    assert adapted(model.decoder), "the model is as it was"
+    with pytest.raises(ValueError, match="adapters are not merged"):
+        model.save(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="4-bit weights are for training"):
+        tiny().save(tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()
+
+    whole = LLM2Vec.from_pretrained(TINY)
+    before = whole.decoder.layers[3].mlp.up_proj.weight.clone()
+    load_adapter(whole.decoder, tmp_path / "adapter")
+    delta = adapted(whole.decoder)["layers.3.mlp.up_proj"].delta()
+    merge_lora(whole.decoder)
+    torch.testing.assert_close(whole.decoder.layers[3].mlp.up_proj.weight, before + delta)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="q_proj has 1020 numbers, not blocks of 64"):
+        quantize_nf4(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(30, 34)}))
+    decoder = small_decoder()
+    add_lora(decoder, rank=2)
+    with pytest.raises(ValueError, match="merge_lora first"):
+        quantize_nf4(decoder)
+
+
+def train(*flags: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "train.py", *flags]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+
+
+def test_stages_train_on_it_and_export_whole_weights(tmp_path):
+    mntp, simcse = tmp_path / "mntp", tmp_path / "simcse"
+    common = ["--model", TINY, "--preset", "tiny", "--quantize", "nf4", "--dtype", "float32"]
+    first = train("mntp", *common, "--steps", 12, "--output", mntp)
+    assert first.returncode == 0, first.stderr
+    losses = [json.loads(line)["loss"] for line in (mntp / "log.jsonl").open()]
+    assert losses[-1] < losses[0]
+    second = ["simcse", *common, "--steps", 2, "--adapters", mntp, "--output", simcse]
+    assert train(*second).returncode == 0
+    exported = load_file(simcse / "encoder" / "model.safetensors")
+    merged = LLM2Vec.from_pretrained(TINY, [mntp, simcse]).decoder.state_dict()
+    for name, weight in merged.items():
+        assert torch.equal(exported[f"model.{name}"], weight), name
+    assert train(*second).returncode == 0, "a finished stage is found finished"
+    without = [flag for flag in second if flag not in ("--quantize", "nf4")]
+    other = train(*without)
+    assert other.returncode == 2 and "quantize was 'nf4' and is None" in other.stderr
+
+
+# --- Memory ------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors alive that were made under it, and their largest sum so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":
+                self.count(x.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, key, size)
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def mistral(layers: int) -> Decoder:
+    """Mistral-7B's shape with fewer layers, in 4 bits; random codes, for it is about memory."""
+    config = Config(32000, 4096, 14336, layers, 32, 8, 128, "mistral", is_causal=False)
+    with torch.device("meta"):
+        decoder = Decoder(config).to(torch.bfloat16)
+    for name, module in decoder.named_modules():
+        if name.rpartition(".")[2] in lora.PROJECTIONS:
+            n = module.weight.numel()
+            module.weight = torch.nn.Parameter(
+                torch.randint(256, (n // 2,), dtype=torch.uint8), requires_grad=False
+            )
+            module.register_buffer("scales", torch.full((n // 64,), 0.02))
+            module.__class__ = NF4Linear
+        elif getattr(module, "weight", None) is not None:
+            weight = torch.full(module.weight.shape, 0.01, dtype=torch.bfloat16)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return decoder
+
+
+def peak_of_a_step(layers: int) -> int:
+    """Bytes at the peak of an MNTP step of 1 x 512 tokens at rate 0.8, every tensor counted."""
+    with Live() as live:
+        decoder = mistral(layers)
+        parameters = add_lora(decoder.train())
+        decoder.recompute = True
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # makes Adam's moments
+        optimizer.zero_grad()
+        ids = torch.arange(512)[None]
+        masked, chosen = llm2vec.mask_tokens(ids, 0, 32000, 0.8, (1.0, 0.0))
+        mntp_loss(decoder, masked, ids, chosen).backward()
+        optimizer.step()
+        return live.peak
+
+
+def test_an_mntp_step_of_mistral_7b_stays_below_8_gib():
+    two, three = map(peak_of_a_step, (2, 3))
+    weights = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    adapters = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    layer = weights * (0.5 + 4 / 64) + adapters * 4 * 4
+    assert three - two == pytest.approx(layer, rel=0.01), "with recomputation, layers only add up"
+    peak = two + (three - two) * (32 - 2)
+    print(f"{peak / 2**30:.2f} GiB, {(three - two) / 2**20:.0f} MiB a layer")
+    assert 4 * 2**30 < peak < 8 * 2**30
