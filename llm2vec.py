@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -273,6 +274,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for every head: (B, H, T, D), of k and v (B, K, T, D).
+
+    On a GPU, and for long texts, by torch's kernel, which never holds a T x T matrix. For short
+    texts on a CPU the formula as it stands is faster, several times so in the backward pass.
+    """
+    B, H, T, D = q.shape
+    group = H // k.shape[1]  # query heads that share a key/value head
+    if q.device.type != "cpu" or T > 128:
+        # Repeating the heads costs little and lets every fast kernel of every torch take the mask.
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    q = q.reshape(B, -1, group * T, D)  # rows of one key/value head: its queries, head by head
+    scores = (q * D**-0.5) @ k.transpose(2, 3)
+    if mask is not None:
+        scores = scores.view(B, -1, group, T, T).masked_fill(~mask[:, None], float("-inf"))
+    weights = F.dropout(scores.view(B, -1, group * T, T).softmax(dim=-1), dropout)
+    return (weights @ v).view(B, H, T, D)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K key/value heads (Ainslie et al. 2023)."""
 
@@ -300,11 +321,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # Repeating the heads costs little and lets every fast kernel of every torch take the mask.
-        group = c.num_attention_heads // c.num_key_value_heads
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        dropout = c.attention_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y = attend(q, k, v, mask, c.attention_dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -798,7 +815,6 @@ class LLM2Vec:
         segments = pad([[1] * len(ids) for ids, _ in rows], device)
         return pool(self.decoder(input_ids, segments), self.pooling, own)
 
-    @torch.inference_mode()
     def encode(
         self,
         texts: Sequence[str],
@@ -820,8 +836,13 @@ class LLM2Vec:
             texts = list(texts)
             if texts and isinstance(texts[0], dict):
                 texts = [text for batch in texts for text in batch["text"]]
-        self.decoder.train(False)
         rows = tokenize(self.tokenizer, texts, self.max_length, instruction)
+        return self.encode_rows(rows, max_tokens, progress)
+
+    @torch.inference_mode()
+    def encode_rows(self, rows: Sequence, max_tokens: int, progress: bool = False) -> np.ndarray:
+        """`encode` of what `tokenize` made."""
+        self.decoder.train(False)
         vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
         done = 0
         for batch in batches_by_length([len(ids) for ids, _ in rows], max_tokens):
@@ -857,6 +878,8 @@ class LLM2Vec:
         state = self.decoder.state_dict()
         if any("lora_" in name for name in state):
             raise ValueError("adapters are not merged: call merge_lora before save")
+        if any(weight.dtype not in FLOATS for weight in state.values()):
+            raise ValueError("4-bit weights are for training: save the weights as they were")
         with new_folder(Path(folder)) as new:
             for name, content in checkpoint_files(self).items():
                 (new / name).parent.mkdir(exist_ok=True)
@@ -868,10 +891,15 @@ class LLM2Vec:
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, each of at most max_tokens with padding."""
+    """Indices in batches of like length, longest first, each of at most max_tokens with padding.
+
+    A text shorter than 7/8 of the longest starts a new batch, if this one has 512 tokens.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        n = max(1, max_tokens // lengths[order[0]])
+        longest = lengths[order[0]]
+        alike = sum(8 * lengths[i] >= 7 * longest for i in order)
+        n = max(1, min(max_tokens, max(512, alike * longest)) // longest)
         yield order[:n]
         order = order[n:]
 
@@ -1034,7 +1062,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | None = None) -> int:
-    """Write the vectors of a file's texts; returns their number. Memory is that of 4,096 texts.
+    """Write the vectors of a file's texts; returns their number. Memory is that of 8,192 texts.
 
     Args:
         source: a text a line, or JSON lines with a `text` field (.jsonl); `-` is standard input.
@@ -1061,11 +1089,17 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
             out = stack.enter_context(part.open("wb"))
         if not as_json:
             write_header(out)
-        while chunk := list(itertools.islice(lines, 4096)):
-            records = [read_record(line, source, done + i + 1) for i, line in enumerate(chunk)]
-            texts = [record["text"] for record in records]
-            vectors = np.zeros((len(texts), model.decoder.config.hidden_size), np.float32)
-            vectors[RANK::RANKS] = model.encode(texts[RANK::RANKS], instruction)
+
+        def prepare(chunk: list[tuple[int, bytes]]) -> tuple[list[dict], list]:
+            records = [read_record(line, source, number) for number, line in chunk]
+            texts = [record["text"] for record in records[RANK::RANKS]]
+            return records, tokenize(model.tokenizer, texts, model.max_length, instruction)
+
+        numbered = enumerate(lines, start=1)
+        chunks = iter(lambda: list(itertools.islice(numbered, 4096)), [])
+        for records, rows in ahead(prepare, chunks):
+            vectors = np.zeros((len(records), model.decoder.config.hidden_size), np.float32)
+            vectors[RANK::RANKS] = model.encode_rows(rows, max_tokens=8192)
             vectors = sum_of_ranks(vectors)
             if as_json:
                 for record, vector in zip(records, vectors, strict=True):
@@ -1088,6 +1122,19 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
             os.fsync(out.fileno())
             os.replace(part, target)
     return done
+
+
+def ahead(function: Callable, items: Iterator) -> Iterator:
+    """function of each item, on another thread, while the result before it is in use."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = None
+        for item in items:
+            after = thread.submit(function, item)
+            if coming:
+                yield coming.result()
+            coming = after
+        if coming:
+            yield coming.result()
 
 
 def read_record(line: bytes, source: str, number: int) -> dict:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import llm2vec
 from data.corpus import WIKIPEDIA, read_documents
-from llm2vec import Config, Decoder, LLM2Vec, encode_file, load_tokenizer, pool, tokenize
+from llm2vec import (
+    Config,
+    Decoder,
+    LLM2Vec,
+    ahead,
+    encode_file,
+    load_tokenizer,
+    pool,
+    tokenize,
+)
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -365,6 +375,34 @@ def test_a_bad_line_leaves_no_output(encoder, tmp_path, name, content, said):
     with pytest.raises(ValueError, match=said):
         encode_file(encoder, str(tmp_path / name), str(tmp_path / "out.npy"))
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_of_several_chunks_keeps_its_order(folder, tmp_path):
+    words = ["a", "b", "c", "a b", "b c a"]
+    texts = [words[i * i % 7 % 5] for i in range(2 * 4096 + 5)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    model = LLM2Vec.from_pretrained(folder)
+    assert encode_file(model, str(tmp_path / "texts.txt"), str(tmp_path / "v.npy")) == len(texts)
+    each = dict(zip(words, model.encode(words), strict=True))
+    expected = np.stack([each[text] for text in texts])
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
+
+
+def test_what_comes_next_is_prepared_while_a_result_is_in_use():
+    started = [threading.Event() for _ in range(4)]
+
+    def square(i: int) -> int:
+        started[i].set()
+        if i == 3:
+            raise ValueError("three")
+        return i * i
+
+    results = ahead(square, iter(range(4)))
+    for i in range(3):
+        assert next(results) == i * i
+        assert started[i + 1].wait(timeout=10)
+    with pytest.raises(ValueError, match="three"):
+        next(results)
 
 
 def test_a_killed_encode_leaves_no_output_that_looks_complete(tmp_path):

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from llm2vec import (
     Config,
     Decoder,
+    attend,
     attention_mask,
+    batches_by_length,
     contrastive_loss,
     mask_tokens,
     mntp_loss,
@@ -180,6 +182,60 @@ def test_contrastive_loss_and_gradient_in_closed_form(n_negatives):
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(query.grad.numpy(), d_query, atol=1e-6)
+
+
+@pytest.mark.parametrize("T", [1, 9, 128, 129, 140])
+@pytest.mark.parametrize("mask", ["none", "causal", "padded"])
+def test_attention_is_the_formula_head_by_head(T, mask):
+    torch.manual_seed(T)
+    q = torch.randn(2, 6, T, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    segments = torch.ones(2, T, dtype=torch.long)
+    segments[1, T // 2 + 1 :] = 0 if mask == "padded" else 1
+    allowed = attention_mask(segments, mask == "causal")
+    expected = torch.zeros(2, 6, T, 8, dtype=torch.float64)
+    shown = torch.ones(2, T, T, dtype=torch.bool)
+    if allowed is not None:
+        shown = allowed[:, 0].expand(2, T, T)
+    for head in range(6):  # two query heads share each key/value head
+        scores = q[:, head] @ k[:, head // 2].transpose(1, 2) / 8**0.5
+        weights = scores.masked_fill(~shown, float("-inf")).softmax(-1)
+        expected[:, head] = weights @ v[:, head // 2]
+    found = attend(q, k, v, allowed, 0.0)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(found, (q, k, v), direction),
+        torch.autograd.grad(expected, (q, k, v), direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("T", [16, 200])
+def test_attention_dropout_spares_weights_and_keeps_their_mean(T):
+    q = k = torch.zeros(4, 2, T, 8)  # every weight is 1 / T
+    v = torch.ones(4, 2, T, 8)
+    torch.manual_seed(0)
+    y = attend(q, k, v, None, 0.25)
+    spared = y[..., 0] * T * 0.75  # how many of T
+    torch.testing.assert_close(spared, spared.round())
+    assert spared.mean() / T == pytest.approx(0.75, abs=0.02) and spared.std() > 0
+
+
+def test_batches_are_of_like_length_and_within_their_budget():
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 200, (500,)).tolist()
+    for max_tokens in (100, 600, 8192):
+        batches = list(batches_by_length(lengths, max_tokens))
+        assert sorted(i for batch in batches for i in batch) == list(range(500))
+        for batch in batches:
+            longest = max(lengths[i] for i in batch)
+            assert len(batch) == 1 or len(batch) * longest <= max_tokens
+            small = len(batch) * longest <= 512
+            assert small or all(8 * lengths[i] >= 7 * longest for i in batch)
+    padded = sum(len(b) * lengths[b[0]] for b in batches_by_length(lengths, 8192))
+    assert padded < 1.1 * sum(lengths)
 
 
 def test_recomputing_activations_changes_no_gradient():
