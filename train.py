@@ -60,13 +60,22 @@ from llm2vec import (
     contrastive_loss,
     is_out_of_memory,
     mask_tokens,
+    memory_of,
     mntp_loss,
     processes,
     read_json,
     run,
     tokenize,
 )
-from lora import add_lora, load_adapter, merge_lora, save_adapter, write_whole
+from lora import (
+    add_lora,
+    is_quantized,
+    load_adapter,
+    merge_lora,
+    quantize_nf4,
+    save_adapter,
+    write_whole,
+)
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 MASK_TOKEN = "_"  # the plain token that the paper hides others with
@@ -89,21 +98,19 @@ class Settings:
     attention_dropout: float = 0.0  # on the attention weights: what makes SimCSE's views differ
     mask_rate: float | None = None  # share of tokens hidden; None: by model_type, see MASKING
     max_tokens: int = 8192  # in one forward pass, padding included; more are taken in parts
-    recompute: bool = False  # keep one tensor a layer and compute the rest twice: less memory
+    recompute: bool | None = None  # keep one tensor a layer, compute the rest twice; None: if needed
     save_every: int = 50  # steps between two saved states
     seed: int = 0
 
 
 SETTINGS = {
     "mntp": {
-        "paper": Settings(length=512, batch=32, steps=1000, lr=5e-5, recompute=True),
+        "paper": Settings(length=512, batch=32, steps=1000, lr=5e-5),
         "tiny": Settings(length=64, batch=16, steps=120, lr=2e-3, warm_up=10),
         "laptop": Settings(length=128, batch=8, steps=250, lr=2e-3, warm_up=20, dropout=0.0),
     },
     "simcse": {
-        "paper": Settings(
-            length=128, batch=128, steps=1000, lr=3e-5, attention_dropout=0.3, recompute=True
-        ),
+        "paper": Settings(length=128, batch=128, steps=1000, lr=3e-5, attention_dropout=0.3),
         # So small a model solves the paper's task at once: hence more dropout and a higher rate.
         "tiny": Settings(length=24, batch=64, steps=40, lr=5e-3, warm_up=10, attention_dropout=0.6),
         "laptop": Settings(
@@ -111,9 +118,9 @@ SETTINGS = {
         ),
     },
     "supervised": {
-        "paper": Settings(length=512, batch=512, steps=1000, lr=2e-4, warm_up=300, recompute=True),
+        "paper": Settings(length=512, batch=512, steps=1000, lr=2e-4, warm_up=300),
         "tiny": Settings(length=64, batch=32, steps=60, lr=2e-3, warm_up=10),
-        "laptop": Settings(length=64, batch=32, steps=60, lr=5e-4, warm_up=10, dropout=0.0),
+        "laptop": Settings(length=64, batch=32, steps=40, lr=5e-4, warm_up=5, dropout=0.0),
     },
 }
 
@@ -136,6 +143,8 @@ def fit(
 ) -> None:
     """Train fresh adapters on a frozen model, write them to `folder`, and merge them.
 
+    A 4-bit model's stay unmerged.
+
     AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. Everything
     random in a step follows from the seed and the step's number, so a run that was stopped goes on
     from its newest state and ends with the same bits as one that was not. `backward` leaves this
@@ -144,20 +153,24 @@ def fit(
     decoder = model.decoder
     identity = asdict(settings) | {
         "data": digest(itertools.chain(*datasets)),
+        "quantize": "nf4" if is_quantized(decoder) else None,
         "model": digest_of(decoder),
         "dtype": str(decoder.norm.weight.dtype),
         "tokenizer": digest([model.tokenizer.to_str()]),
         "processes": RANKS,
     }
+    merge = (lambda _: None) if is_quantized(decoder) else merge_lora
     if not on_rank_0_first(lambda: open_run(folder, identity)):
         load_adapter(decoder, folder)  # this stage was finished before
-        merge_lora(decoder)
+        merge(decoder)
         return
     torch.manual_seed(settings.seed)
     parameters = add_lora(decoder.train(), settings.rank, settings.alpha, settings.dropout)
     decoder.config.attention_dropout = settings.attention_dropout
     decoder.recompute = settings.recompute
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    if settings.recompute is None:
+        decoder.recompute = is_short_of_memory(decoder, settings)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     done = load_state(folder, parameters, optimizer)
 
     def where(step: int) -> str:
@@ -198,7 +211,7 @@ def fit(
     decoder.recompute = False
     decoder.train(False)
     on_rank_0_first(lambda: finish(decoder, folder) if RANK == 0 else None)
-    merge_lora(decoder)
+    merge(decoder)
 
 
 def finish(decoder: Decoder, folder: Path) -> None:
@@ -237,6 +250,47 @@ def slots_of(datasets: Sequence[Sequence], size: int) -> list[tuple[int, int, in
         n = min(size, len(items))
         slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n)]
     return slots
+
+
+def is_short_of_memory(decoder: Decoder, settings: Settings) -> bool:
+    """Whether the largest forward pass may keep more for the backward pass than is free; says so."""
+    device = decoder.norm.weight.device
+    batch = 3 * settings.batch * settings.length  # of pairs with a hard negative, at most
+    tokens = max(settings.length, min(settings.max_tokens, batch))
+    needed, free = kept_bytes(decoder, settings, tokens), free_memory(device)
+    fate = "kept" if needed < free else "computed again in the backward pass"
+    what = f"{needed / 2**30:.1f} GiB for {tokens:,} tokens, {free / 2**30:.1f} GiB are free"
+    say(f"activations: {what}; they are {fate}")
+    return needed >= free
+
+
+def kept_bytes(decoder: Decoder, settings: Settings, tokens: int) -> int:
+    """Bytes, about, that a forward pass over so many tokens keeps for the backward pass.
+
+    Frozen projections keep nothing. What does: norms their input in float32; adapters theirs, and
+    which of it dropout spared; attention its queries, keys, values and result, and with dropout, on
+    a CPU, three matrices of T x T for each head; SwiGLU three tensors of its width.
+    """
+    c, size = decoder.config, decoder.norm.weight.dtype.itemsize
+    d, m, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
+    norms = 2 * d * 4
+    adapters = (5 * d + heads + m) * (size + 1) if settings.dropout else (2 * d + heads + m) * size
+    attention = 4 * heads * size
+    if settings.attention_dropout:
+        attention += 3 * c.num_attention_heads * settings.length * size
+    return tokens * c.num_hidden_layers * (norms + adapters + attention + 3 * m * size)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had now; on a CPU, as Linux says, else half of the machine's."""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            available = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+            if available:
+                return 1024 * int(available[0])
+        return memory_of(device) // 2
+    return memory_of(device)
 
 
 # --- Many processes ----------------------------------------------------------------------------
@@ -328,9 +382,7 @@ def load_state(
             own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
             p.copy_(own.pop("weight"))
             if own:
-                optimizer.state[p] = {
-                    k: v if k == "step" else v.to(p.device) for k, v in own.items()
-                }
+                optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
         return int(file.stem.removeprefix("state-"))
     return 0
 
@@ -487,11 +539,11 @@ def contrast(
 ) -> tuple[float, int]:
     """Gradients of a contrastive batch; this process's share of its loss, and its tokens.
 
-    loss_of takes the vectors of all rows, (len(rows), d), in their order. A batch that does not fit
-    into one forward pass, or that many processes share, still has all its candidates, with exact
-    gradients (GradCache, Gao et al. 2021, arXiv 2101.06983): encode it in parts without keeping
-    activations; take the loss's gradient with respect to the vectors; encode each part again, with
-    the same dropout, and pass its vectors' gradient on.
+    loss_of takes the vectors of all rows, (len(rows), d), in their order. Rows of like length are
+    encoded together. A batch of more than max_tokens, or one that many processes share, still has
+    all its candidates, with exact gradients (GradCache, Gao et al. 2021, arXiv 2101.06983): encode
+    it in parts without keeping activations; take the loss's gradient with respect to the vectors;
+    encode each part again, with the same dropout, and pass its vectors' gradient on.
     """
     lengths = [len(ids) for ids, _ in rows]
     own = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::RANKS]
@@ -504,9 +556,9 @@ def contrast(
         torch.manual_seed(seed + part[0])
         return model.embed([rows[i] for i in part])
 
-    if RANKS == len(parts) == 1:
-        vectors = vectors_of(parts[0])[torch.tensor(parts[0]).argsort()]
-        loss = loss_of(vectors)
+    if RANKS == 1 and sum(len(part) * lengths[part[0]] for part in parts) <= max_tokens:
+        order = torch.tensor([i for part in parts for i in part])
+        loss = loss_of(torch.cat([vectors_of(part) for part in parts])[order.argsort()])
         loss.backward()
         return loss.item(), sum(lengths)
     vectors = torch.zeros(
@@ -607,8 +659,16 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 # --- Commands ----------------------------------------------------------------------------------
 
 
+def fastest_type() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it: on GPUs, and CPUs with AVX512-BF16 or AMX."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.is_file() else ""
+    able = torch.cuda.is_available() or "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.bfloat16 if able else torch.float32
+
+
 def load(args: argparse.Namespace, adapters: Sequence[str] = (), **how) -> LLM2Vec:
-    dtype = getattr(torch, args.dtype) if args.dtype else None
+    dtype = getattr(torch, args.dtype) if args.dtype else fastest_type()
     return LLM2Vec.from_pretrained(args.model, adapters, dtype=dtype, template=args.template, **how)
 
 
@@ -678,12 +738,16 @@ def run_stage(args: argparse.Namespace) -> None:
         data = read_pairs(args.pairs, args.instructions)
     else:
         data, _ = split_documents(read_documents(args.corpus, args.errors))
-    model = load(args, args.adapters)
+    model = load(args, args.adapters, **({"device": "cpu"} if args.quantize else {}))
+    if args.quantize:  # what does not fit on a GPU as it is, passes through the machine's memory
+        quantize_nf4(model.decoder, "cuda" if torch.cuda.is_available() else "cpu")
     if RANK == 0:
         clear(Path(args.output), args.overwrite)
     STAGES[args.command](model, data, settings, Path(args.output))
     say(f"The adapter is in {args.output}")
     if args.command != "mntp" and RANK == 0:
+        if args.quantize:
+            model = load(args, [*args.adapters, args.output], device="cpu")
         model.save(Path(args.output) / "encoder")
         print_next(Path(args.output) / "encoder")
 
@@ -737,7 +801,7 @@ def parser() -> argparse.ArgumentParser:
         text = f"what stands around a text, one of {', '.join(TEMPLATES)}"
         command.add_argument("--template", choices=TEMPLATES, metavar="NAME", help=text)
         types = ("float32", "bfloat16")
-        command.add_argument("--dtype", choices=types, help="(default: float32; bfloat16 on a GPU)")
+        command.add_argument("--dtype", choices=types, help="(default: bfloat16 if in hardware)")
 
     add = top.add_argument
     add_model(top, default=TINY)
@@ -788,6 +852,8 @@ def parser() -> argparse.ArgumentParser:
         if name != "supervised":
             text = "what to do with lines that hold no text (default: %(default)s)"
             add("--errors", default="strict", choices=("strict", "skip"), help=text)
+        text = "keep the frozen weights in 4 bits while training (nf4): for a small GPU"
+        add("--quantize", choices=("nf4",), help=text)
         add("--output", required=True, help="run folder; a run that is there goes on")
         add("--overwrite", **again)
         add("--preset", default="paper", choices=SETTINGS[name], help="(default: %(default)s)")

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import train as train_module
 from data.benchmarks import BASELINES, STS_FILES, STSB_TEST
 from data.corpus import WIKIPEDIA, read_documents
 from data.pairs import PAIRS, read_pairs
-from llm2vec import LLM2Vec, contrastive_loss, tokenize
+from llm2vec import LLM2Vec, contrastive_loss, memory_of, tokenize
 from lora import add_lora, load_adapter
-from train import COMMANDS, SETTINGS, STAGES, batch_at, contrast
+from train import COMMANDS, SETTINGS, STAGES, Settings, batch_at, contrast
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -130,6 +131,70 @@ def test_the_second_pass_in_parts_sees_the_same_dropout(documents):
             p -= 2 * step * d
     down = loss()
     assert (up - down) / (2 * step) == pytest.approx(norm**2, rel=0.02)
+
+
+def test_rows_of_like_length_share_a_pass_and_keep_their_places(documents, monkeypatch):
+    """Uneven rows, one graph: the loss sees every vector at its row, and little is padding."""
+    model = LLM2Vec.from_pretrained(TINY)
+    lengths = [60, 5, 33, 8, 64, 6, 30, 31, 62, 7] * 8
+    rows = [(list(range(10, 10 + n)), [True] * n) for n in lengths]
+    expected = model.encode_rows(rows, 8192)
+    parameters = add_lora(model.decoder.train(), dropout=0.0)
+    passes, embed = [], model.embed
+
+    def seen(part: list) -> torch.Tensor:
+        passes.append([len(ids) for ids, _ in part])
+        return embed(part)
+
+    def loss_of(vectors: torch.Tensor) -> torch.Tensor:
+        torch.testing.assert_close(vectors.detach(), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+        return vectors.square().mean()
+
+    monkeypatch.setattr(model, "embed", seen)
+    _, tokens = train_module.contrast(model, rows, loss_of, 8192)
+    assert tokens == sum(lengths) and len(passes) > 1
+    assert sum(len(row) * max(row) for row in passes) < 1.1 * tokens
+    assert all(parameter.grad is not None for parameter in parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [(0.0, 0.0), (0.05, 0.0), (0.05, 0.3)])
+def test_the_estimate_of_activations_is_near_what_autograd_keeps(dtype, dropout):
+    model = LLM2Vec.from_pretrained(TINY, dtype=dtype)
+    decoder = model.decoder.train()
+    add_lora(decoder, dropout=dropout[0])
+    decoder.config.attention_dropout = dropout[1]
+    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        decoder(torch.arange(10, 10 + 8 * 128).view(8, 128))
+    found = sum(storage.nbytes() for storage in kept.values())
+    settings = Settings(128, 8, 1, 1e-4, dropout=dropout[0], attention_dropout=dropout[1])
+    assert train_module.kept_bytes(decoder, settings, 8 * 128) == pytest.approx(found, rel=0.3)
+
+
+def test_layers_are_computed_twice_where_memory_is_short(documents, tmp_path, monkeypatch, capsys):
+    made = []
+    for free in (10**12, 10**6):
+        monkeypatch.setattr(train_module, "free_memory", lambda _, free=free: free)
+        model = LLM2Vec.from_pretrained(TINY)
+        STAGES["mntp"](model, documents, QUICK["mntp"], tmp_path / str(free))
+        made.append((tmp_path / str(free) / "adapter_model.safetensors").read_bytes())
+        assert not model.decoder.recompute, "as it was"
+    kept, computed = (line for line in capsys.readouterr().out.splitlines() if "GiB" in line)
+    assert kept.endswith("they are kept") and computed.endswith("again in the backward pass")
+    assert made[0] == made[1], "the same bits, dropout included"
+
+
+def test_free_memory_is_less_than_the_machine_has():
+    assert 0 < train_module.free_memory(torch.device("cpu")) < memory_of(torch.device("cpu"))
 
 
 def test_mntp_in_parts_gives_the_same_adapter_as_in_one_pass(documents, tmp_path):
