@@ -32,7 +32,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -130,10 +129,10 @@ def ours(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
         return lambda: encoder.encode(texts)
     decoder.train()
     parameters = add_lora(decoder, dropout=0.05)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     big = model in SHAPES and SHAPES[model][1] > 2000
-    decoder.recompute = big or task == "simcse-512"
-    settings = replace(train.SETTINGS["mntp"]["paper"], max_tokens=2048)
+    decoder.recompute = big
+    max_tokens = 2048 if task == "simcse-512" else 8192
 
     def update() -> None:
         optimizer.step()
@@ -153,7 +152,7 @@ def ours(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
 
     def simcse() -> None:
         train.contrast(
-            encoder, rows, lambda v: llm2vec.contrastive_loss(*v.chunk(2)), settings.max_tokens
+            encoder, rows, lambda v: llm2vec.contrastive_loss(*v.chunk(2)), max_tokens
         )
         update()
 
