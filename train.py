@@ -98,7 +98,7 @@ class Settings:
     attention_dropout: float = 0.0  # on the attention weights: what makes SimCSE's views differ
     mask_rate: float | None = None  # share of tokens hidden; None: by model_type, see MASKING
     max_tokens: int = 8192  # in one forward pass, padding included; more are taken in parts
-    recompute: bool | None = None  # keep one tensor a layer, compute the rest twice; None: if needed
+    recompute: bool | None = None  # keep one tensor a layer, compute the rest twice
     save_every: int = 50  # steps between two saved states
     seed: int = 0
 
@@ -253,7 +253,7 @@ def slots_of(datasets: Sequence[Sequence], size: int) -> list[tuple[int, int, in
 
 
 def is_short_of_memory(decoder: Decoder, settings: Settings) -> bool:
-    """Whether the largest forward pass may keep more for the backward pass than is free; says so."""
+    """Whether a forward pass may keep more for the backward pass than is free; says so."""
     device = decoder.norm.weight.device
     batch = 3 * settings.batch * settings.length  # of pairs with a hard negative, at most
     tokens = max(settings.length, min(settings.max_tokens, batch))

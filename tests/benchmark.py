@@ -12,15 +12,16 @@
     python tests/benchmark.py --model mistral-7b --tasks mntp        (on a GPU; random weights)
 
 Each contender runs in a process of its own, on the same weights, texts and threads; they take
-turns, round by round, after one round of warm-up. Printed are medians of seconds, the ratio to this
+turns, round by round, after a round of warm-up. Printed are medians of seconds, the ratio to this
 project's, the process's peak memory (on a GPU, the peak that torch allocated), and the share of the
 machine's own peak, measured with a large matrix product, that the useful floating-point operations
 come to: those of the text's own tokens, without padding and recomputation.
 
-Contenders: `ours`; `reference`, which is sentence-transformers for encoding and transformers with
-PEFT for training; and `llm2vec`, the authors' package (0.2.3, with transformers 4.44.2), in the
-Python of another environment, --llm2vec PYTHON. A named shape (mistral-7b, llama-3-8b,
-smollm2-135m, tiny) has random weights and is for `ours` alone.
+Contenders: `ours`; beside float32, `bfloat16`, which is this project in that type; `reference`,
+which is sentence-transformers for encoding and transformers with PEFT for training; and `llm2vec`,
+the authors' package (0.2.3, with transformers 4.44.2), in the Python of another environment,
+--llm2vec PYTHON. A named shape (mistral-7b, llama-3-8b, smollm2-135m, tiny) has random weights and
+is for `ours` alone.
 """
 
 import argparse
@@ -141,9 +142,11 @@ def ours(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
     if task == "mntp":
         batch = blocks_of(encoder.tokenizer.encode_batch(texts)).to(DEVICE)
 
-        def mntp() -> None:
+        def mntp() -> None:  # as train_mntp with --max-tokens 384
             masked, chosen = llm2vec.mask_tokens(batch, 0, decoder.config.vocab_size, RATE)
-            llm2vec.mntp_loss(decoder, masked, batch, chosen).backward()
+            total, n = int(chosen.sum()), 384 // LENGTH
+            for part in zip(*(t.split(n) for t in (masked, batch, chosen)), strict=True):
+                llm2vec.mntp_loss(decoder, *part, total=total).backward()
             update()
 
         return mntp
@@ -151,9 +154,7 @@ def ours(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
     rows = 2 * llm2vec.tokenize(encoder.tokenizer, texts, 128)
 
     def simcse() -> None:
-        train.contrast(
-            encoder, rows, lambda v: llm2vec.contrastive_loss(*v.chunk(2)), max_tokens
-        )
+        train.contrast(encoder, rows, lambda v: llm2vec.contrastive_loss(*v.chunk(2)), max_tokens)
         update()
 
     return simcse
@@ -246,10 +247,13 @@ def llm2vec(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
     from llm2vec import LLM2Vec
 
     texts = texts_of(task)
+    scratch = tempfile.TemporaryDirectory()
+    model = older_tokenizer(Path(model), Path(scratch.name))
     how = {"torch_dtype": dtype, "attn_implementation": "sdpa", "device_map": DEVICE}
     encoder = LLM2Vec.from_pretrained(model, enable_bidirectional=True, **how)
     if task in ("stsb", "wikipedia"):
         return lambda: encoder.encode(texts, batch_size=32, show_progress_bar=False)
+    import torch.distributed.tensor  # noqa: F401 (peft uses it without importing it)
     from llm2vec.loss.HardNegativeNLLLoss import HardNegativeNLLLoss
     from llm2vec.models import LlamaBiForMNTP
     from peft import LoraConfig, get_peft_model
@@ -295,6 +299,21 @@ def llm2vec(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
     return simcse
 
 
+def older_tokenizer(model: Path, folder: Path) -> str:
+    """The same checkpoint for tokenizers 0.19: merges as strings, and a token named for padding."""
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to((model / name).resolve())
+    content = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    token = content["added_tokens"][0]["content"]
+    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": token, "eos_token": token}
+    tokens["model_input_names"] = ["input_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return str(folder)
+
+
 # --- Rounds ------------------------------------------------------------------------------------
 
 
@@ -302,8 +321,11 @@ def work(kind: str, task: str, model: str, dtype: str) -> None:
     """A contender's process: a round for each line on standard input."""
     out, sys.stdout = sys.stdout, sys.stderr
     torch.manual_seed(0)
-    round_of = {"ours": ours, "reference": reference, "llm2vec": llm2vec}[kind]
-    once = round_of(task, model, getattr(torch, dtype))
+    if kind == "bfloat16":
+        once = ours(task, model, torch.bfloat16)
+    else:
+        round_of = {"ours": ours, "reference": reference, "llm2vec": llm2vec}[kind]
+        once = round_of(task, model, getattr(torch, dtype))
     print("ready", file=out, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -317,36 +339,60 @@ def work(kind: str, task: str, model: str, dtype: str) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak}), file=out, flush=True)
 
 
-def compete(task: str, contenders: dict[str, str], args: argparse.Namespace) -> dict[str, dict]:
-    """Medians of rounds taken in turns; a contender that fails is named and left out."""
-    running = {}
-    for kind, python in contenders.items():
+class Worker:
+    """A contender's process, warmed up by one round."""
+
+    def __init__(self, kind: str, python: str, task: str, args: argparse.Namespace):
         command = [python, __file__, "--worker", kind, "--model", args.model, "--dtype", args.dtype]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
-        worker = subprocess.Popen([*command, "--tasks", task], stderr=log, **pipes)
-        if worker.stdout.readline() != "ready\n":
-            worker.wait()
-            log.seek(0)
-            print(f"{task}: {kind} failed: {log.read().strip().splitlines()[-1:]}", flush=True)
-            continue
-        running[kind] = worker, []
-    for round_number in range(args.rounds + 1):
-        for kind, (worker, rounds) in list(running.items()):
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-            if not line:
-                print(f"{task}: {kind} stopped in round {round_number}", flush=True)
-                running.pop(kind)
-            elif round_number > 0:
-                rounds.append(json.loads(line))
-    for worker, _ in running.values():
-        worker.stdin.close()
-        worker.wait()
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        self.process = subprocess.Popen([*command, "--tasks", task], stderr=self.log, **pipes)
+        if self.process.stdout.readline() != "ready\n":
+            self.fail()
+        self.round()
+
+    def round(self) -> dict[str, float]:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else self.fail()
+
+    def fail(self) -> None:
+        status = self.process.wait()
+        self.log.seek(0)
+        said = self.log.read().strip().splitlines()[-1:]
+        raise ChildProcessError(f"status {status}, {said}")
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compete(task: str, contenders: dict[str, str], args: argparse.Namespace) -> dict[str, dict]:
+    """Medians of rounds taken in turns; a contender that fails is named and left out.
+
+    A SimCSE step may take most of the machine's memory, so there a process lives for one round.
+    """
+    rounds: dict[str, list[dict]] = {kind: [] for kind in contenders}
+    workers: dict[str, Worker] = {}
+    for _ in range(args.rounds):
+        for kind in list(rounds):
+            try:
+                worker = workers.pop(kind, None) or Worker(kind, contenders[kind], task, args)
+                rounds[kind].append(worker.round())
+            except ChildProcessError as error:
+                print(f"{task}: {kind} failed: {error}", flush=True)
+                rounds.pop(kind)
+                continue
+            if task.startswith("simcse"):
+                worker.stop()
+            else:
+                workers[kind] = worker
+    for worker in workers.values():
+        worker.stop()
     return {
-        kind: {key: statistics.median(r[key] for r in rounds) for key in ("seconds", "peak")}
-        for kind, (_, rounds) in running.items()
+        kind: {key: statistics.median(r[key] for r in found) for key in ("seconds", "peak")}
+        for kind, found in rounds.items()
     }
 
 
@@ -367,6 +413,8 @@ def main() -> None:
     from llm2vec import load_tokenizer
 
     contenders = {"ours": sys.executable}
+    if args.dtype == "float32":
+        contenders["bfloat16"] = sys.executable
     if args.model in SHAPES:
         tokenizer = load_tokenizer(ROOT / "data/tiny-llama")
         names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
