@@ -106,7 +106,7 @@ def matrix_peak(dtype: torch.dtype) -> float:
 # --- The contenders: each returns a function that runs one round ---------------------------------
 
 
-def ours(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
+def ours(task: str, model: str, dtype: torch.dtype, max_tokens: int) -> Callable[[], object]:
     sys.path.insert(0, str(ROOT))
     import llm2vec
     import train
@@ -133,7 +133,6 @@ def ours(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     big = model in SHAPES and SHAPES[model][1] > 2000
     decoder.recompute = big
-    max_tokens = 2048 if task == "simcse-512" else 8192
 
     def update() -> None:
         optimizer.step()
@@ -142,9 +141,9 @@ def ours(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
     if task == "mntp":
         batch = blocks_of(encoder.tokenizer.encode_batch(texts)).to(DEVICE)
 
-        def mntp() -> None:  # as train_mntp with --max-tokens 384
+        def mntp() -> None:  # as train_mntp does it
             masked, chosen = llm2vec.mask_tokens(batch, 0, decoder.config.vocab_size, RATE)
-            total, n = int(chosen.sum()), 384 // LENGTH
+            total, n = int(chosen.sum()), max(1, max_tokens // LENGTH)
             for part in zip(*(t.split(n) for t in (masked, batch, chosen)), strict=True):
                 llm2vec.mntp_loss(decoder, *part, total=total).backward()
             update()
@@ -317,15 +316,17 @@ def older_tokenizer(model: Path, folder: Path) -> str:
 # --- Rounds ------------------------------------------------------------------------------------
 
 
-def work(kind: str, task: str, model: str, dtype: str) -> None:
+def work(kind: str, task: str, model: str, dtype: str, max_tokens: int) -> None:
     """A contender's process: a round for each line on standard input."""
     out, sys.stdout = sys.stdout, sys.stderr
     torch.manual_seed(0)
-    if kind == "bfloat16":
-        once = ours(task, model, torch.bfloat16)
+    if kind in ("ours", "bfloat16"):
+        dtype = "bfloat16" if kind == "bfloat16" else dtype
+        once = ours(task, model, getattr(torch, dtype), max_tokens)
     else:
-        round_of = {"ours": ours, "reference": reference, "llm2vec": llm2vec}[kind]
-        once = round_of(task, model, getattr(torch, dtype))
+        once = {"reference": reference, "llm2vec": llm2vec}[kind](
+            task, model, getattr(torch, dtype)
+        )
     print("ready", file=out, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -345,6 +346,7 @@ class Worker:
     def __init__(self, kind: str, python: str, task: str, args: argparse.Namespace):
         command = [python, __file__, "--worker", kind, "--model", args.model, "--dtype", args.dtype]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command += ["--max-tokens", str(args.max_tokens)]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen([*command, "--tasks", task], stderr=self.log, **pipes)
         if self.process.stdout.readline() != "ready\n":
@@ -402,12 +404,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--rounds", type=int, default=5)
+    text = "of this project, in one forward pass; MNTP and SimCSE go in parts where they take more"
+    parser.add_argument("--max-tokens", type=int, default=8192, help=text)
     parser.add_argument("--llm2vec", metavar="PYTHON", help="Python that has llm2vec 0.2.3")
     parser.add_argument("--alone", action="store_true", help="this project alone")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker, args.tasks[0], args.model, args.dtype)
+        work(args.worker, args.tasks[0], args.model, args.dtype, args.max_tokens)
         return
     sys.path.insert(0, str(ROOT))
     from llm2vec import load_tokenizer
