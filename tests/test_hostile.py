@@ -484,6 +484,7 @@ def test_a_file_that_cannot_grow_ends_a_real_run_in_one_line(limit, left, tmp_pa
     )
     run = tmp_path / "run"
     args = ["simcse", "--model", str(TINY), "--preset", "tiny", "--steps", "3", "--batch", "4"]
+    args += ["--dtype", "float32"]  # as large on every machine
 
     def go_on(limit: int) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", code, str(limit), *args, "--output", str(run)]
