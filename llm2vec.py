@@ -898,8 +898,9 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         longest = lengths[order[0]]
-        alike = sum(8 * lengths[i] >= 7 * longest for i in order)
-        n = max(1, min(max_tokens, max(512, alike * longest)) // longest)
+        most = max(1, max_tokens // longest)
+        alike = sum(8 * lengths[i] >= 7 * longest for i in order[:most])
+        n = max(alike, min(most, 512 // longest))
         yield order[:n]
         order = order[n:]
 

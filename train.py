@@ -98,7 +98,6 @@ class Settings:
     attention_dropout: float = 0.0  # on the attention weights: what makes SimCSE's views differ
     mask_rate: float | None = None  # share of tokens hidden; None: by model_type, see MASKING
     max_tokens: int = 8192  # in one forward pass, padding included; more are taken in parts
-    recompute: bool | None = None  # keep one tensor a layer, compute the rest twice
     save_every: int = 50  # steps between two saved states
     seed: int = 0
 
@@ -167,9 +166,7 @@ def fit(
     torch.manual_seed(settings.seed)
     parameters = add_lora(decoder.train(), settings.rank, settings.alpha, settings.dropout)
     decoder.config.attention_dropout = settings.attention_dropout
-    decoder.recompute = settings.recompute
-    if settings.recompute is None:
-        decoder.recompute = is_short_of_memory(decoder, settings)
+    decoder.recompute = is_short_of_memory(decoder, settings)
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     done = load_state(folder, parameters, optimizer)
 
@@ -344,7 +341,7 @@ def open_run(folder: Path, identity: dict) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
     before = read_json(file)
-    changes_nothing = ("max_tokens", "recompute", "save_every")  # but memory and time
+    changes_nothing = ("max_tokens", "save_every")  # but memory and time
     for key in (key for key in identity if key not in changes_nothing):
         if before.get(key) != identity[key]:
             change = f"{key} was {before.get(key)!r} and is {identity[key]!r}"
