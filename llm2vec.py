@@ -229,10 +229,12 @@ def attention_mask(segments: Tensor, is_causal: bool, window: int | None = None)
 # --- Decoder -----------------------------------------------------------------------------------
 # Llama (Touvron et al. 2023) and Mistral are one architecture: a residual stream of width d, to
 # which each layer adds attention, then a gated feed-forward network, each on a normalised copy.
+# Matrices multiply in the weights' type, but the stream is float32: a few of its numbers grow to
+# thousands, beside which bfloat16 would round away most of what a layer adds.
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean of squares in float32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight, computed in float32, in the weight's type (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -242,7 +244,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight * y.to(self.weight.dtype)
 
 
 def rotary_table(config: Config, T: int, device: torch.device, dtype: torch.dtype):
@@ -381,6 +383,7 @@ class Decoder(nn.Module):
         mask = attention_mask(segments, self.config.is_causal, self.config.sliding_window)
         x = self.embed_tokens(input_ids)  # (B, T, d)
         cos, sin = rotary_table(self.config, T, x.device, x.dtype)
+        x = x.float()
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, mask, cos, sin, use_reentrant=False)
