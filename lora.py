@@ -40,7 +40,9 @@ class LoRALinear(nn.Linear):
         if self.training and self.dropout > 0:
             x_in, scale = torch.where(kept(x, self.dropout), x, 0), scale / (1 - self.dropout)
         A, B = self.lora_A.weight.to(x.dtype), (self.lora_B.weight * scale).to(x.dtype)
-        return super().forward(x) + F.linear(F.linear(x_in, A), B)
+        y = super().forward(x)
+        y.view(-1, B.shape[0]).addmm_(F.linear(x_in, A).view(-1, B.shape[1]), B.T)
+        return y
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, (out, in) float32."""
