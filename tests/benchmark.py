@@ -15,7 +15,8 @@ Each contender runs in a process of its own, on the same weights, texts and thre
 turns, round by round, after a round of warm-up. Printed are medians of seconds, the ratio to this
 project's, the process's peak memory (on a GPU, the peak that torch allocated), and the share of the
 machine's own peak, measured with a large matrix product, that the useful floating-point operations
-come to: those of the text's own tokens, without padding and recomputation.
+come to: those of the text's own tokens, without padding and recomputation; and, for the encoding
+tasks, how near the vectors in bfloat16 are to those in float32.
 
 Contenders: `ours`; beside float32, `bfloat16`, which is this project in that type; `reference`,
 which is sentence-transformers for encoding and transformers with PEFT for training; and `llm2vec`,
@@ -399,6 +400,20 @@ def compete(task: str, contenders: dict[str, str], args: argparse.Namespace) -> 
     }
 
 
+def agreement(task: str, model: str) -> str:
+    """Cosines of the vectors in bfloat16 with those in float32."""
+    from llm2vec import LLM2Vec
+
+    exact, rounded = (
+        torch.from_numpy(LLM2Vec.from_pretrained(model, dtype=dtype).encode(texts_of(task)))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    cosines = torch.cosine_similarity(exact, rounded)
+    above = (cosines > 0.999).float().mean()
+    text = f"median {cosines.median():.5f}, mean {cosines.mean():.5f}, smallest {cosines.min():.3f}"
+    return f"{TASKS[task]}, cosines of bfloat16 with float32: {text}, above 0.999: {above:.1%}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "data/tiny-llama"), help="folder or shape")
@@ -453,6 +468,9 @@ def main() -> None:
                 f"| {TASKS[task]} | {kind} | {seconds:.2f} | {ratio:.2f} | {tokens / seconds:,.0f} "
             )
             print(f"{row}| {flops / seconds / peak:.0%} | {result['peak']:,.0f} |", flush=True)
+    for task in args.tasks:
+        if task in ("stsb", "wikipedia") and "bfloat16" in contenders and args.model not in SHAPES:
+            print(agreement(task, args.model), flush=True)
 
 
 if __name__ == "__main__":
