@@ -36,15 +36,12 @@ class LoRALinear(nn.Linear):
     dropout: float
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        A, scale = self.lora_A.weight.to(x.dtype), self.scale
+        x_in, scale = x, self.scale
         if self.training and self.dropout > 0:
-            low = DroppedProduct.apply(x, A, self.dropout, int(torch.randint(2**62, ())))
-            scale = scale / (1 - self.dropout)
-        else:
-            low = F.linear(x, A)
-        B = (self.lora_B.weight * scale).to(x.dtype)
+            x_in, scale = torch.where(kept(x, self.dropout), x, 0), scale / (1 - self.dropout)
+        A, B = self.lora_A.weight.to(x.dtype), (self.lora_B.weight * scale).to(x.dtype)
         y = super().forward(x)
-        y.view(-1, B.shape[0]).addmm_(low.view(-1, B.shape[1]), B.T)  # in place: less memory
+        y.view(-1, B.shape[0]).addmm_(F.linear(x_in, A).view(-1, B.shape[1]), B.T)
         return y
 
     def delta(self) -> Tensor:
@@ -52,37 +49,14 @@ class LoRALinear(nn.Linear):
         return self.lora_B.weight @ self.lora_A.weight * self.scale
 
 
-class DroppedProduct(torch.autograd.Function):
-    """A x, of the numbers of x that dropout spares, (..., in) -> (..., rank).
-
-    The backward pass draws them again from the seed. So what is kept for it is x alone, which
-    several projections share, instead of a part of x and its place for each of them.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, dropout: float, seed: int) -> Tensor:
-        ctx.save_for_backward(x, A)
-        ctx.drawn = dropout, seed
-        return F.linear(torch.where(spared(x, *ctx.drawn), x, 0), A)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x, A = ctx.saved_tensors
-        kept = spared(x, *ctx.drawn)
-        of_x = torch.where(kept, grad @ A, 0) if ctx.needs_input_grad[0] else None
-        of_A = grad.flatten(0, -2).T @ torch.where(kept, x, 0).flatten(0, -2)
-        return of_x, of_A, None, None
-
-
-def spared(x: Tensor, p: float, seed: int) -> Tensor:
+def kept(x: Tensor, p: float) -> Tensor:
     """What dropout spares of x: booleans of its shape, each False with chance p to within 2^-16.
 
     Four numbers share 64 random bits. torch's dropout draws as many for each, which on a CPU takes
     a fifth of a training step.
     """
-    n, generator = x.numel(), torch.Generator(x.device).manual_seed(seed)
-    bits = torch.empty(n // 4 + 1, dtype=torch.int64, device=x.device)
-    bits.random_(-(2**63), None, generator=generator)
+    n = x.numel()
+    bits = torch.empty(n // 4 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     return (bits.view(torch.int16)[:n] >= round(p * 2**16) - 2**15).view(x.shape)
 
 

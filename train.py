@@ -264,17 +264,18 @@ def is_short_of_memory(decoder: Decoder, settings: Settings) -> bool:
 def kept_bytes(decoder: Decoder, settings: Settings, tokens: int) -> int:
     """Bytes, about, that a forward pass over so many tokens keeps for the backward pass.
 
-    Frozen projections keep nothing. What does: norms their input in float32; adapters theirs, of
-    which a layer's seven share four; attention its queries, keys, values and result, and on a CPU
-    a T x T matrix for each head up to T = 128, with dropout three; SwiGLU its two factors.
+    Frozen projections keep nothing. What does: norms their input in float32; adapters theirs, and
+    which of it dropout spared; attention its queries, keys, values and result, and with dropout, on
+    a CPU, three matrices of T x T for each head; SwiGLU three tensors of its width.
     """
     c, size = decoder.config, decoder.norm.weight.dtype.itemsize
     d, m, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
     norms = 2 * d * 4
-    adapters = (2 * d + heads + m) * size
-    columns = 3 * settings.length if settings.attention_dropout else min(settings.length, 128)
-    attention = (4 * heads + columns * c.num_attention_heads) * size
-    return tokens * c.num_hidden_layers * (norms + adapters + attention + 2 * m * size)
+    adapters = (5 * d + heads + m) * (size + 1) if settings.dropout else (2 * d + heads + m) * size
+    attention = 4 * heads * size
+    if settings.attention_dropout:
+        attention += 3 * c.num_attention_heads * settings.length * size
+    return tokens * c.num_hidden_layers * (norms + adapters + attention + 3 * m * size)
 
 
 def free_memory(device: torch.device) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_nf4 import Live
 
 import train as train_module
 from data.benchmarks import BASELINES, STS_FILES, STSB_TEST
@@ -160,16 +159,25 @@ def test_rows_of_like_length_share_a_pass_and_keep_their_places(documents, monke
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [(0.0, 0.0), (0.05, 0.0), (0.05, 0.3)])
-def test_the_estimate_of_activations_is_near_what_is_kept(dtype, dropout):
+def test_the_estimate_of_activations_is_near_what_autograd_keeps(dtype, dropout):
     model = LLM2Vec.from_pretrained(TINY, dtype=dtype)
     decoder = model.decoder.train()
     add_lora(decoder, dropout=dropout[0])
     decoder.config.attention_dropout = dropout[1]
-    with Live() as live:
-        hidden = decoder(torch.arange(10, 10 + 8 * 128).view(8, 128))
-        found = live.now - hidden.nbytes
+    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        decoder(torch.arange(10, 10 + 8 * 128).view(8, 128))
+    found = sum(storage.nbytes() for storage in kept.values())
     settings = Settings(128, 8, 1, 1e-4, dropout=dropout[0], attention_dropout=dropout[1])
-    assert train_module.kept_bytes(decoder, settings, 8 * 128) == pytest.approx(found, rel=0.2)
+    assert train_module.kept_bytes(decoder, settings, 8 * 128) == pytest.approx(found, rel=0.3)
 
 
 def test_layers_are_computed_twice_where_memory_is_short(documents, tmp_path, monkeypatch, capsys):
