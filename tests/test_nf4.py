@@ -240,7 +240,7 @@ def test_an_mntp_step_of_mistral_7b_stays_below_8_gib():
     two, three = map(peak_of_a_step, (2, 3))
     weights = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     adapters = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
-    # Its matrices, float32 with Adam's moments, and then its input, or once that is used, gradients.
+    # Its matrices, float32 with Adam's moments, and then its input or, once it is used, gradients.
     layer = weights * (0.5 + 4 / 64) + adapters * 4 * 3 + max(512 * 4096 * 4, adapters * 4)
     assert three - two == pytest.approx(layer, rel=0.01), "with recomputation, layers only add up"
     peak = two + (three - two) * (32 - 2)
