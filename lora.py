@@ -40,10 +40,8 @@ class LoRALinear(nn.Linear):
         if self.training and self.dropout > 0:
             x_in, scale = torch.where(kept(x, self.dropout), x, 0), scale / (1 - self.dropout)
         A, B = self.lora_A.weight.to(x.dtype), (self.lora_B.weight * scale).to(x.dtype)
-        y = super().forward(x)
-        y.view(-1, B.shape[0]).addmm_(
-            F.linear(x_in, A).view(-1, B.shape[1]), B.T
-        )  # in place: less memory
+        low, y = F.linear(x_in, A), super().forward(x)
+        y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), B.T)  # in place: less memory
         return y
 
     def delta(self) -> Tensor:
