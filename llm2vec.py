@@ -229,8 +229,8 @@ def attention_mask(segments: Tensor, is_causal: bool, window: int | None = None)
 # --- Decoder -----------------------------------------------------------------------------------
 # Llama (Touvron et al. 2023) and Mistral are one architecture: a residual stream of width d, to
 # which each layer adds attention, then a gated feed-forward network, each on a normalised copy.
-# Matrices multiply in the weights' type, but the stream is float32: a few of its numbers grow to
-# thousands, beside which bfloat16 would round away most of what a layer adds.
+# Matrices multiply in the weights' type, but the stream is float32: rounding it to bfloat16 at
+# every layer costs more than all other roundings together.
 
 
 class RMSNorm(nn.Module):

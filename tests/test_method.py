@@ -257,3 +257,12 @@ def test_attention_dropout_acts_in_training_only():
     decoder.train()
     assert not torch.allclose(decoder(ids), decoder(ids))
     assert F.mse_loss(decoder(ids), decoder(ids)) > 0
+
+
+def test_the_stream_of_a_bfloat16_model_is_float32():
+    decoder, seen = small_decoder().bfloat16(), []
+    for layer in decoder.layers:
+        layer.register_forward_hook(lambda module, x, y: seen.extend([x[0].dtype, y.dtype]))
+        layer.mlp.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    assert decoder(torch.arange(4)[None]).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16, torch.float32, torch.float32] * len(decoder.layers)
