@@ -193,8 +193,41 @@ def test_layers_are_computed_twice_where_memory_is_short(documents, tmp_path, mo
     assert made[0] == made[1], "the same bits, dropout included"
 
 
+@pytest.mark.parametrize("factor, fate", [(1.7, "computed again"), (1.9, "kept")])
+def test_what_a_cpu_needs_is_more_than_what_is_kept(monkeypatch, capsys, factor, fate):
+    decoder = LLM2Vec.from_pretrained(TINY).decoder
+    settings = Settings(length=64, batch=8, steps=1, lr=1e-4)
+    free = factor * train_module.kept_bytes(decoder, settings, 2 * 8 * 64)
+    monkeypatch.setattr(train_module, "free_memory", lambda _: free)
+    assert train_module.is_short_of_memory(decoder, settings, texts=2) == (factor < 1.8)
+    assert "1,024 tokens" in (said := capsys.readouterr().out) and f"they are {fate}" in said
+
+
 def test_free_memory_is_less_than_the_machine_has():
     assert 0 < train_module.free_memory(torch.device("cpu")) < memory_of(torch.device("cpu"))
+
+
+def test_free_memory_heeds_the_limit_of_a_container(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\nHugePages_Total: 0\n",
+        "/sys/fs/cgroup/memory.max": "5000000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 1000000\nfile 3000000\n",
+    }
+
+    def read(self: Path, *_, **__) -> str:
+        if str(self) not in files:
+            raise FileNotFoundError(self)
+        return files[str(self)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    cpu = torch.device("cpu")
+    assert train_module.free_memory(cpu) == 4_000_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert train_module.free_memory(cpu) == 8_192_000
+    del files["/sys/fs/cgroup/memory.max"]
+    assert train_module.free_memory(cpu) == 8_192_000
+    files.clear()
+    assert train_module.free_memory(cpu) == memory_of(cpu) // 2
 
 
 def test_mntp_in_parts_gives_the_same_adapter_as_in_one_pass(documents, tmp_path):
