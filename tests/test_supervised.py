@@ -108,7 +108,7 @@ def test_queries_choose_among_all_positives_and_hard_negatives(max_tokens, tmp_p
     dataset = read_pairs([write(tmp_path / "a.jsonl", *pairs)])
     step = {}
 
-    def once(model, datasets, backward, settings, folder):
+    def once(model, datasets, backward, settings, folder, texts):
         step["loss"], step["tokens"] = backward(datasets[0])
 
     monkeypatch.setattr(train, "fit", once)

@@ -189,6 +189,8 @@ def test_layers_are_computed_twice_where_memory_is_short(documents, tmp_path, mo
         made.append((tmp_path / str(free) / "adapter_model.safetensors").read_bytes())
         assert not model.decoder.recompute, "as it was"
     kept, computed = (line for line in capsys.readouterr().out.splitlines() if "GiB" in line)
+    quick = QUICK["mntp"]
+    assert f" for {quick.batch * quick.length:,} tokens" in kept, "a block is one text"
     assert kept.endswith("they are kept") and computed.endswith("again in the backward pass")
     assert made[0] == made[1], "the same bits, dropout included"
 
