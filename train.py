@@ -294,7 +294,7 @@ def free_memory(device: torch.device) -> int:
     if device.type != "cpu":
         return memory_of(device)
     free = memory_of(device) // 2
-    with contextlib.suppress(OSError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         free = 1024 * numbers_in("/proc/meminfo")["MemAvailable:"]
     with contextlib.suppress(OSError, ValueError, KeyError):  # ValueError: "max", without a limit
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
