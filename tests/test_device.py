@@ -1,0 +1,181 @@
+"""Everything lies on the model's device, as far as can be told on a machine without a second one.
+
+A `Far` tensor says that it is on another device and computes on the CPU. An operation on far and
+near tensors raises, as it would between a GPU and the CPU; so does a generator of the wrong device.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import llm2vec
+import lora
+import train
+from data import benchmarks, figures
+from llm2vec import LLM2Vec
+from lora import load_adapter, merge_lora, quantize_nf4
+
+AWAY = torch.device("lazy")  # a device that torch names and this build does not have
+TEXTS = ["A man plays a guitar.", "Stocks fell sharply on Monday, and " * 20, "x"]
+PAIRS = [
+    json.dumps({"query": q, "positive": q[::-1], "negatives": [], "instruction": "Find:"})
+    for q in ("one two", "three four", "five six", "seven")
+]
+aten = torch.ops.aten
+COPIES = (aten.copy_.default, aten._to_copy.default)
+PICKS = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+
+
+class Far(torch.Tensor):
+    """A tensor on AWAY, whose numbers are those of `near`."""
+
+    @staticmethod
+    def __new__(cls, near):
+        layout = {"strides": near.stride(), "storage_offset": near.storage_offset()}
+        return torch.Tensor._make_wrapper_subclass(
+            cls, near.shape, dtype=near.dtype, device=AWAY, **layout
+        )
+
+    def __init__(self, near):
+        self.near = near
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return compute(function, args, kwargs or {})
+
+
+class Away(TorchDispatchMode):
+    """Sees what has no far tensor among its arguments, and may make one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return compute(function, args, kwargs or {})
+
+
+def near(x):
+    return x.near if isinstance(x, Far) else x
+
+
+def compute(function, args, kwargs):
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    far = {id(t.near): t for t in tensors if isinstance(t, Far)}
+    here = [t for t in tensors if not isinstance(t, Far) and t.dim() > 0]
+    device = kwargs.get("device")
+    away = bool(far) if device is None else torch.device(device).type == AWAY.type
+    if function in COPIES:
+        away = isinstance(args[0], Far) if device is None else away
+    elif function in PICKS and isinstance(args[0], Far):  # indices may be near, values may not
+        here = [] if function is aten.index.Tensor else [t for t in here if t is args[2]]
+    if far and here and function not in COPIES:
+        raise RuntimeError(f"{function}: tensors on two devices")
+    if away and kwargs.get("generator") is not None:
+        raise RuntimeError(f"{function}: a generator of another device")
+    kwargs = tree_map(near, kwargs) | ({} if device is None else {"device": "cpu"})
+    result = function(*tree_map(near, args), **kwargs)
+
+    def back(x):
+        if not away or not isinstance(x, torch.Tensor):
+            return x
+        return far[id(x)] if id(x) in far else Far(x)  # in place: the argument, not another tensor
+
+    return tree_map(back, result)
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """The mode, and what torch and safetensors would know of a device that is there."""
+    monkeypatch.setattr(torch, "lazy", SimpleNamespace(_initialized=False), raising=False)
+    adam = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
+    for module in (llm2vec, lora, train):
+        for name in {"save_file", "save_bytes"} & set(vars(module)):
+            save = getattr(module, name)
+
+            def save_near(state, *args, save=save, **kwargs):
+                return save({k: near(w.detach()) for k, w in state.items()}, *args, **kwargs)
+
+            monkeypatch.setattr(module, name, save_near)
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes no far tensor by itself
+    try:
+        with Away():
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(False)
+
+
+def tiny(device, quantize=False) -> LLM2Vec:
+    model = LLM2Vec.from_pretrained(train.TINY, dtype=torch.float32)
+    if quantize:
+        quantize_nf4(model.decoder)
+    for module in model.decoder.modules():
+        for kind in (module._parameters, module._buffers):
+            for name, weight in kind.items():
+                if weight is not None:
+                    moved = weight.detach().to(device)
+                    parameter = kind is module._parameters
+                    kind[name] = torch.nn.Parameter(moved, False) if parameter else moved
+    return model
+
+
+def test_a_far_tensor_is_told_from_a_near_one(away):
+    a, b, i = torch.ones(3, device=AWAY), torch.ones(3), torch.tensor([0, 2])
+    assert a.device == AWAY
+    assert (a + 1).device == a[i].device == b.to(AWAY).device == AWAY
+    assert (a + b.to(AWAY)).cpu().tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError, match="two devices"):
+        a + b
+    with pytest.raises(RuntimeError, match="two devices"):
+        b[i.to(AWAY)]
+    with pytest.raises(RuntimeError, match="two devices"):
+        a[i] = b[:2]
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(3, device=AWAY, generator=torch.Generator())
+
+
+def test_encoding_and_scoring(away):
+    near_by, model = tiny("cpu"), tiny(AWAY)
+    np.testing.assert_allclose(model.encode(TEXTS), near_by.encode(TEXTS), atol=1e-4)
+    for _, baseline in train.baselines(model):
+        assert np.isfinite(baseline.encode(TEXTS)).all()
+    assert np.isfinite(figures.layer_cosines(model, TEXTS)).all()
+    words = [["A", "man"], ["plays"]]
+    assert all(s.device.type == "cpu" for s in benchmarks.word_states(model, words)[:1])
+    blocks = torch.tensor([model.tokenizer.encode(TEXTS[1]).ids])
+    assert 0 <= benchmarks.masked_accuracy(model, blocks, train.mask_id_of(model)) <= 1
+
+
+@pytest.mark.parametrize("quantize, room", [(False, 2**33), (True, 1)], ids=["", "nf4-recomputed"])
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, quantize, room):
+    monkeypatch.setattr(train, "free_memory", lambda _: room)
+    monkeypatch.setattr(llm2vec, "CHUNK", 8)
+    small = {"length": 16, "batch": 4, "steps": 3, "save_every": 1, "max_tokens": 64}
+    settings = replace(train.SETTINGS[stage]["tiny"], **small, attention_dropout=0.0)
+    data = [PAIRS] if stage == "supervised" else TEXTS
+    losses = []
+    for device in ("cpu", AWAY):
+        folder = tmp_path / str(device)
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(train, "save_state", interrupted(train.save_state))
+            train.STAGES[stage](tiny(device, quantize), data, settings, folder)
+        train.STAGES[stage](tiny(device, quantize), data, settings, folder)
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+        decoder = tiny(device).decoder
+        load_adapter(decoder, folder)
+        merge_lora(decoder)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def interrupted(save_state):
+    def save_and_stop(*args):
+        save_state(*args)
+        raise InterruptedError
+
+    return save_and_stop
