@@ -52,8 +52,8 @@ class LoRALinear(nn.Linear):
 def kept(x: Tensor, p: float) -> Tensor:
     """What dropout spares of x: booleans of its shape, each False with chance p to within 2^-16.
 
-    Four numbers share 64 random bits. torch's dropout draws as many for each, which on a CPU takes
-    a fifth of a training step.
+    Four numbers share 64 random bits. torch's dropout draws 64 for each number, which on a CPU
+    takes a fifth of a training step.
     """
     n = x.numel()
     bits = torch.empty(n // 4 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
@@ -66,7 +66,8 @@ class NF4Linear(nn.Linear):
     scales: Tensor  # (out * in / 64), float32; `weight` is (out * in / 2) bytes of two codes each
 
     def forward(self, x: Tensor) -> Tensor:
-        return NF4Product.apply(x, self)
+        y = NF4Product.apply(x, self)
+        return y if self.bias is None else y + self.bias
 
 
 class QLoRALinear(LoRALinear, NF4Linear):
@@ -105,13 +106,15 @@ def add_lora(
         raise ValueError("the model has adapters already: merge_lora first")
     if rank < 1:
         raise ValueError(f"rank is {rank}, expected 1 or more")
-    model.requires_grad_(False)
+    found = []
     for target in targets:
-        found = [m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")]
-        if not found or not all(isinstance(module, nn.Linear) for module in found):
+        named = [m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not named or not all(isinstance(module, nn.Linear) for module in named):
             raise ValueError(f"target {target!r} is not the name of a projection in this model")
-        for module in found:
-            adapt(module, rank, alpha / rank, dropout)
+        found += named
+    model.requires_grad_(False)
+    for module in dict.fromkeys(found):
+        adapt(module, rank, alpha / rank, dropout)
     return [p for m in adapted(model).values() for p in (m.lora_A.weight, m.lora_B.weight)]
 
 
@@ -201,7 +204,7 @@ def nf4_pairs(device: torch.device) -> Tensor:
 
 
 class NF4Product(torch.autograd.Function):
-    """x (..., in) times a 4-bit projection, which both passes decode and neither keeps."""
+    """x (..., in) times a 4-bit matrix, which both passes decode and neither keeps."""
 
     @staticmethod
     def weight(module: NF4Linear, dtype: torch.dtype) -> Tensor:
@@ -211,7 +214,7 @@ class NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, module: NF4Linear) -> Tensor:
         ctx.module = module
-        return F.linear(x, NF4Product.weight(module, x.dtype), module.bias)
+        return F.linear(x, NF4Product.weight(module, x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

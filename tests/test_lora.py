@@ -112,7 +112,7 @@ def test_what_can_not_be_added_is_named():
     with pytest.raises(ValueError, match="'qq_proj'"):
         add_lora(decoder, targets=["qq_proj"])
     with pytest.raises(ValueError, match="'mlp'"):
-        add_lora(decoder, targets=["mlp"])
+        add_lora(decoder, targets=["q_proj", "mlp"])
     with pytest.raises(ValueError, match="rank is 0"):
         add_lora(decoder, rank=0)
     add_lora(decoder)

@@ -28,7 +28,7 @@ from lora import (
 )
 
 ROOT = Path(__file__).parent.parent
-TINY = ROOT / "data" / "tiny-llama"
+TINY, GOLDEN = ROOT / "data" / "tiny-llama", ROOT / "tests" / "golden"
 
 # QLoRA's table, as its appendix E and bitsandbytes have it.
 PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
@@ -86,12 +86,17 @@ def dense(decoder: Decoder) -> Decoder:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_are_those_of_the_decoded_weights(recompute):
-    ids = torch.randint(6000, (2, 24), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("folder", [TINY, GOLDEN / "qwen2"], ids=["llama", "with biases"])
+def test_gradients_are_those_of_the_decoded_weights(folder, recompute):
+    decoders = [Decoder.from_pretrained(folder) for _ in range(2)]
+    for decoder in decoders:
+        quantize_nf4(decoder)
+    V = decoders[0].config.vocab_size
+    ids = torch.randint(V, (2, 24), generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros(2, 24, dtype=torch.bool)
     chosen[:, 5::3] = True
     gradients = []
-    for decoder in (tiny().decoder, dense(tiny().decoder)):
+    for decoder in (decoders[0], dense(decoders[1])):
         torch.manual_seed(0)
         parameters = add_lora(decoder.train(), dropout=0.1)
         for p in parameters:
