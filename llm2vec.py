@@ -59,9 +59,10 @@ from torch.utils.checkpoint import checkpoint
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
-    "qwen2": {},  # biases on q, k and v
-    "qwen3": {"head_dim": 128},  # a norm on every head of q and k
-    "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True},  # layers without rotary positions
+    "qwen2": {"num_key_value_heads": 32},  # biases on q, k and v
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},  # a norm on every head of q and k
+    # Layers without rotary positions.
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
 }
 # The kinds of rotary scaling, and the numbers that each one needs.
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -107,7 +108,8 @@ class Config:
         only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
         for key, value in (only | {"use_sliding_window": False}).items():
             expect(raw.get(key, value) == value, key, repr(value), raw.get(key))
-        # A key that is left out means transformers' default; so does null, but for the window.
+        # A key that is left out means transformers' default for the family; null means no window,
+        # a key/value head for every head, and else what the fields above say.
         raw = FAMILIES[family] | raw
         given = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
         if family != "mistral":
@@ -279,13 +281,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for every head: (B, H, T, D), of k and v (B, K, T, D).
 
-    On a GPU, and for long texts, by torch's kernel, which never holds a T x T matrix. For short
-    texts on a CPU the formula as it stands is faster, several times so in the backward pass.
+    On a GPU, and for long texts, by torch's kernel, which holds no T x T matrix (but on a CPU with
+    dropout). For short texts on a CPU the formula as it stands is faster, several times so in the
+    backward pass.
     """
     B, H, T, D = q.shape
     group = H // k.shape[1]  # query heads that share a key/value head
     if q.device.type != "cpu" or T > 128:
-        # Repeating the heads costs little and lets every fast kernel of every torch take the mask.
+        # Repeating the heads costs little; not every kernel of every torch would do it by itself.
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     q = q.reshape(B, -1, group * T, D)  # rows of one key/value head: its queries, head by head
@@ -417,7 +420,10 @@ class Decoder(nn.Module):
         """
         with torch.device("meta"):  # shapes only; memory comes with each tensor
             decoder = cls(Config.from_pretrained(folder))
-        load_weights(decoder, Path(folder), dtype, torch.device(device))
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:  # safetensors would take the first GPU
+            device = torch.device("cuda", torch.cuda.current_device())
+        load_weights(decoder, Path(folder), dtype, device)
         return decoder.train(False)
 
 
@@ -574,6 +580,7 @@ def tokenize(
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each text, and which of them are its own: no BOS, no instruction.
 
+    Between an instruction and the text stands one line break, whatever white space it ended in.
     What stands behind a text (a template's closing marker, EOS) counts as its own, as it does in
     the authors' encoder and sentence-transformers. At most max_length tokens each: of a longer text
     the end is cut, never a marker. A text that has no token of its own is given all that stands
@@ -589,8 +596,9 @@ def tokenize(
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}") from None
-    lead = instruction or ""
-    if lead and not lead.endswith("\n"):
+    # More than one line break or space would be cut differently in front of a text than alone.
+    lead = (instruction or "").rstrip()
+    if lead:
         lead += "\n"
     mask = tokenizer.encode(lead).special_tokens_mask
     before = max((i + 1 for i, special in enumerate(mask) if not special), default=0)
@@ -679,12 +687,14 @@ def mask_tokens(
     Args:
         input_ids: (B, T).
         mask_id: the token that hides another; the paper takes the plain token `_`.
+        vocab_size: random tokens are below it.
         rate: the chance of each token to be chosen.
         replace: of the chosen, the share replaced by mask_id and the share replaced by a random
             token; the rest stays, and still has to be predicted. (0.8, 0.1) is BERT's rule
             (Devlin et al. 2019), used for Llama; (1, 0) with rate 0.8 is used for Mistral.
         maskable: (B, T) booleans, the tokens that may be chosen; None for all. The first token of
             a row never is: no state stands before it.
+        generator: of the CPU, whatever the device of input_ids.
 
     Returns:
         The ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans.
@@ -718,9 +728,9 @@ def mntp_loss(
     """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.1).
 
     All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only states in front of
-    chosen tokens go through the vocabulary projection, and of these no more at a time than CHUNK,
-    whose logits the backward pass computes again. `total` divides the sum instead of their number:
-    the number in the whole batch, when this is a part of it.
+    chosen tokens go through the vocabulary projection, and of these no more at a time than CHUNK;
+    if there are more, the backward pass computes their logits again. `total` divides the sum
+    instead of their number: the number in the whole batch, when this is a part of it.
     """
     hidden = decoder(masked_ids, segments)[:, :-1]  # state i - 1 ...
     target = chosen[:, 1:]  # ... predicts token i
@@ -774,7 +784,7 @@ class LLM2Vec:
         if pooling not in POOLING:
             raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
         ids, V = tokenizer.get_vocab().values(), decoder.config.vocab_size
-        last = max(*ids, *tokenizer.encode("a").ids)  # around a text there may be others
+        last = max(*ids, *tokenizer.encode("a").ids)  # what stands around it may have others
         if last >= V:
             raise ValueError(f"tokenizer.json: has token ids up to {last}, the model embeds {V}")
 
@@ -799,7 +809,9 @@ class LLM2Vec:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        Config.from_pretrained(folder)  # complain of small files before reading the large ones
+        if pooling not in POOLING:  # complain of what is small before reading what is large
+            raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
+        Config.from_pretrained(folder)
         tokenizer = load_tokenizer(folder, template)
         decoder = Decoder.from_pretrained(folder, dtype, device)
         decoder.config.is_causal = is_causal  # step 1 of the method, entire
@@ -828,10 +840,10 @@ class LLM2Vec:
     ) -> np.ndarray:
         """Vectors of texts: a float32 array (N, d), not normalised, in the order of `texts`.
 
-        Texts of like length share a batch of at most max_tokens tokens, padding included. The same
-        text gets the same vector whatever it is batched with. Raises ValueError for a non-string.
-        MTEB's encoder protocol passes batches that hold texts under "text", and what it knows of
-        the task, which is not needed here.
+        Texts of like length share a batch of at most max_tokens tokens, padding included; a longer
+        text has one for itself. The same text gets the same vector whatever it is batched with.
+        Raises ValueError for a non-string. MTEB's encoder protocol passes batches that hold texts
+        under "text", and what it knows of the task, which is not needed here.
         """
         if mteb.keys() - MTEB:
             raise TypeError(f"encode has no argument {min(mteb.keys() - MTEB)!r}")
@@ -896,7 +908,8 @@ class LLM2Vec:
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first, each of at most max_tokens with padding.
 
-    A text shorter than 7/8 of the longest starts a new batch, if this one has 512 tokens.
+    What is longer than that is a batch by itself. A text shorter than 7/8 of the longest starts a
+    new batch, if this one has 512 tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
@@ -1042,10 +1055,10 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name `folder` at the end, if all went well.
 
-    A checkpoint or adapter of that name is replaced; a folder of anything else is refused.
+    A checkpoint of that name is replaced, whole; a folder of anything else is refused.
     """
-    known = ("config.json", "adapter_config.json")
-    if folder.exists() and not any((folder / name).is_file() for name in known):
+    known = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    if folder.exists() and not known:
         raise ValueError(f"{folder}: exists and is not a checkpoint; remove it or choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
@@ -1148,8 +1161,10 @@ def read_record(line: bytes, source: str, number: int) -> dict:
         record = json.loads(text) if source.endswith(".jsonl") else {"text": text}
         record["text"].encode()  # half a surrogate pair is no text
         return record
-    except UnicodeError:
+    except UnicodeDecodeError:
         raise ValueError(f"{source}, line {number}: not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{source}, line {number}: half a surrogate pair") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{source}, line {number}: expected a JSON object with a string `text`")
@@ -1172,13 +1187,14 @@ def main() -> None:
         command.add_argument("--instruction", help="read in front of each text, not averaged")
         command.add_argument("--template", help=f"of an instruct model: {', '.join(TEMPLATES)}")
     args = parser.parse_args()
-    model = LLM2Vec.from_pretrained(args.model, args.adapters, template=args.template)
     if args.command == "encode":
         if RANKS > 1 and args.input == "-":
             raise ValueError("--input - is for one process: give a file that each can read")
-        with processes():
+        with processes():  # each takes its GPU before it loads the model
+            model = LLM2Vec.from_pretrained(args.model, args.adapters, template=args.template)
             encode_file(model, args.input, args.output, args.instruction)
         return
+    model = LLM2Vec.from_pretrained(args.model, args.adapters, template=args.template)
     vectors = model.encode(args.texts, args.instruction)
     for row, text in zip(model.similarity(vectors, vectors), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)

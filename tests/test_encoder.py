@@ -157,6 +157,16 @@ def test_bos_and_instruction_are_read_but_not_averaged(folder):
     assert not np.allclose(got, model.encode(["a b"])[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("instruction", ["Find answers", "Find answers\n\n", "Find answers: \n "])
+def test_white_space_behind_an_instruction_is_no_part_of_the_text(encoder, instruction):
+    """GPT-2's rule cuts several line breaks as one token at an end, as two in front of a text."""
+    [(ids, own)] = tokenize(encoder.tokenizer, ["hello there"], 512, instruction)
+    of_the_text = [i for i, mine in zip(ids, own, strict=True) if mine]
+    assert encoder.tokenizer.decode(of_the_text) == "hello there"
+    [(bare, _)] = tokenize(encoder.tokenizer, ["hello there"], 512, " \n")
+    assert encoder.tokenizer.decode(bare) == "hello there"
+
+
 def test_a_long_text_is_cut_at_the_end(folder):
     tokenizer = load_tokenizer(folder)
     assert tokenize(tokenizer, ["a b c a b c"], 4)[0][0] == [1, 2, 3, 4]
@@ -187,6 +197,7 @@ def test_saving_and_loading_gives_the_same_vectors(encoder, folder, tmp_path):
 
 def test_saving_never_replaces_a_folder_of_something_else(encoder, tmp_path):
     (tmp_path / "thesis.txt").write_text("three years of work")
+    (tmp_path / "config.json").write_text("{}")  # of any program
     with pytest.raises(ValueError, match="not a checkpoint"):
         encoder.save(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
@@ -367,7 +378,8 @@ def test_json_lines_keep_their_fields(encoder, tmp_path):
     "name, content, said",
     [
         ("a.txt", b"fine\n\xff\n", "a.txt, line 2: not UTF-8"),
-        ("a.jsonl", b'{"text": "fine"}\n{"text": 3}\n', "a.jsonl, line 2"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": 3}\n', "a.jsonl, line 2: expected"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: half a surrogate pair"),
     ],
 )
 def test_a_bad_line_leaves_no_output(encoder, tmp_path, name, content, said):

@@ -1,5 +1,6 @@
 """Two processes do the work of one: the same adapters, the same vectors, and they end together."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm2vec import LLM2Vec
+import llm2vec
+from llm2vec import Decoder, LLM2Vec
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -37,7 +39,7 @@ with processes():
     for stage in stages:
         data = read_pairs([PAIRS]) if stage == "supervised" else read_documents(WIKIPEDIA)[:150]
         settings = replace(
-            train.SETTINGS[stage]["tiny"], steps=steps, batch=7, length=24, lr=1e-4,
+            train.SETTINGS[stage]["tiny"], steps=steps, batch=int(sys.argv[5]), length=24, lr=1e-4,
             dropout=0.0, attention_dropout=0.0, save_every=5, max_tokens=int(sys.argv[4]),
         )
         train.STAGES[stage](LLM2Vec.from_pretrained({str(TINY)!r}), data, settings, folder / stage)
@@ -66,14 +68,14 @@ def driver(tmp_path_factory) -> Path:
     return file
 
 
-def test_two_processes_reach_the_adapter_of_one(driver, tmp_path):
-    """Masked tokens and rows are unequal shares; batches go through whole, or in parts of 60."""
+@pytest.mark.parametrize("batch, stages", [(7, STAGES), (1, ("mntp",))])
+def test_two_processes_reach_the_adapter_of_one(driver, tmp_path, batch, stages):
+    """Shares of a batch are unequal, or there is none for the second; or in parts of 60 tokens."""
     for ranks, max_tokens in ((1, 8192), (2, 8192), (2, 60)):
-        done = run(
-            ranks, driver, tmp_path / f"{ranks}-{max_tokens}", ",".join(STAGES), 4, max_tokens
-        )
+        folder = tmp_path / f"{ranks}-{max_tokens}"
+        done = run(ranks, driver, folder, ",".join(stages), 4, max_tokens, batch)
         assert done.returncode == 0, done.stderr[-2000:]
-    for stage in STAGES:
+    for stage in stages:
         folders = [tmp_path / name / stage for name in ("1-8192", "2-8192", "2-60")]
         one, *two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
         assert max(w.abs().max() for name, w in one.items() if "lora_B" in name) > 1e-5
@@ -89,7 +91,7 @@ def test_two_processes_reach_the_adapter_of_one(driver, tmp_path):
 
 
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(driver, tmp_path):
-    args = (driver, tmp_path / "run", "mntp", 400, 8192)
+    args = (driver, tmp_path / "run", "mntp", 400, 8192, 7)
     job = subprocess.Popen(
         command(2, *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet()
     )
@@ -129,6 +131,30 @@ def test_texts_are_shared_out_and_vectors_joined_in_order(tmp_path):
     expected = LLM2Vec.from_pretrained(TINY).encode(texts)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts.txt", "v.npy"]
+
+
+def test_a_process_takes_its_gpu_before_it_loads_the_model(monkeypatch):
+    done = []
+
+    @contextlib.contextmanager
+    def processes():
+        done.append("its GPU")
+        yield
+
+    monkeypatch.setattr(llm2vec, "processes", processes)
+    monkeypatch.setattr(LLM2Vec, "from_pretrained", lambda *_, **__: done.append("the model"))
+    monkeypatch.setattr(llm2vec, "encode_file", lambda *_: done.append("texts"))
+    args = ["encode", "--model", "m", "--input", "a.txt", "--output", "v.npy"]
+    monkeypatch.setattr(sys, "argv", ["llm2vec.py", *args])
+    llm2vec.main()
+    assert done == ["its GPU", "the model", "texts"]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    loaded = []
+    monkeypatch.setattr(llm2vec, "load_weights", lambda *args: loaded.append(args[-1]))
+    for device in ("cuda", "cuda:1", "cpu"):
+        Decoder.from_pretrained(TINY, device=device)
+    assert loaded == [torch.device(name) for name in ("cuda:3", "cuda:1", "cpu")]
 
 
 def test_only_stages_are_shared_out(tmp_path):
