@@ -91,7 +91,7 @@ class Settings:
     batch: int  # blocks, sentences or pairs in one optimiser step
     steps: int  # optimiser steps
     lr: float  # learning rate at its peak
-    warm_up: int = 0  # steps of linear warm-up before the linear decay to zero
+    warm_up: int = 0  # steps of linear warm-up before the linear decay to zero, see with_steps
     rank: int = 16  # of the adapters
     alpha: int = 32  # of the adapters, whose scale is alpha / rank
     dropout: float = 0.05  # on the adapters' input
@@ -216,6 +216,11 @@ def finish(decoder: Decoder, folder: Path) -> None:
     save_adapter(decoder, folder)
     for state in folder.glob("state-*.safetensors"):
         state.unlink()
+
+
+def with_steps(settings: Settings, steps: int) -> Settings:
+    """The same settings for another number of steps; the warm-up keeps its share of them."""
+    return replace(settings, steps=steps, warm_up=settings.warm_up * steps // settings.steps)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -359,7 +364,7 @@ def open_run(folder: Path, identity: dict) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
     before = read_json(file)
-    changes_nothing = ("max_tokens", "save_every")  # but memory and time
+    changes_nothing = ("max_tokens", "save_every")  # but memory, time and dropout's random numbers
     for key in (key for key in identity if key not in changes_nothing):
         if before.get(key) != identity[key]:
             change = f"{key} was {before.get(key)!r} and is {identity[key]!r}"
@@ -519,6 +524,8 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
         n = max(1, settings.max_tokens // settings.length)
         parts = zip(*(t[RANK::RANKS].split(n) for t in (masked, ids, chosen)), strict=True)
         for part in parts:
+            if not len(part[0]):  # more processes than blocks
+                continue
             part_loss = mntp_loss(model.decoder, *(t.to(device) for t in part), total=total)
             part_loss.backward()
             loss += part_loss.item()
@@ -636,16 +643,20 @@ def evaluate(
     columns: Sequence[Sequence[str | Path]] = (EWT, WNUT),
 ) -> dict[str, float]:
     """Scores by name, see data/benchmarks.py; masked tokens are those of held-out documents."""
+    masked = "masked" in benchmarks and model.decoder.can_predict
+    if masked:  # what may be wrong with them is said before the long work
+        if not held_out:
+            raise ValueError("the corpus has no held-out documents (one in 50) to mask tokens of")
+        rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
+        blocks, mask_id = cut_into_blocks(rows, length=128, limit=256), mask_id_of(model)
     scores = sts(model, sts_files) if "sts" in benchmarks else {}
     if "articles" in benchmarks:
         scores |= articles(model)
     if "words" in benchmarks:
         for train, test in columns:
             scores |= words(model, train, test, {EWT[1]: "POS", WNUT[1]: "NER"}.get(test))
-    if "masked" in benchmarks and model.decoder.can_predict:
-        rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
-        blocks = cut_into_blocks(rows, length=128, limit=256)
-        scores["masked tokens"] = masked_accuracy(model, blocks, mask_id_of(model))
+    if masked:
+        scores["masked tokens"] = masked_accuracy(model, blocks, mask_id)
     return scores
 
 
@@ -707,7 +718,7 @@ def run_everything(args: argparse.Namespace) -> None:
     def train(model: LLM2Vec, stage: str, folder: Path) -> float:
         settings = SETTINGS[stage][args.preset]
         if args.steps:
-            settings = replace(settings, steps=args.steps)
+            settings = with_steps(settings, args.steps)
         what = f"{settings.steps} steps of {settings.batch} x {settings.length} tokens"
         print(f"{stage}: {what}", flush=True)
         clear(folder, args.overwrite)
@@ -723,6 +734,7 @@ def run_everything(args: argparse.Namespace) -> None:
     score("+ SimCSE", model, train(model, "simcse", output / "simcse"))
     model.save(output / "encoder")
     if args.compare:
+        del model, baseline  # room for another
         model = load(args)
         score("SimCSE without MNTP", model, train(model, "simcse", output / "simcse-alone"))
     write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
@@ -746,6 +758,7 @@ def print_next(encoder: Path) -> None:
 def run_stage(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if v is not None}
     settings = SETTINGS[args.command][args.preset]
+    settings = with_steps(settings, args.steps or settings.steps)
     settings = replace(
         settings, **{f.name: given[f.name] for f in fields(Settings) if f.name in given}
     )
@@ -770,14 +783,18 @@ def run_stage(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     _, held_out = split_documents(read_documents(args.corpus))
     model = load(args, args.adapters, pooling=args.pooling, is_causal=args.causal)
-    rows, encoders = {}, {Path(args.model).name: model}
-    if args.baselines:
-        encoders = dict(baselines(load(args, is_causal=True))) | encoders
-    for name, encoder in encoders.items():
+
+    def score(encoder: LLM2Vec, which: Sequence[str]) -> dict[str, float]:
         start = time.monotonic()
-        which = args.benchmarks if encoder is model else set(args.benchmarks) & {"sts", "articles"}
-        rows[name] = evaluate(encoder, held_out, which, args.sts, args.words or (EWT, WNUT))
-        rows[name]["seconds"] = time.monotonic() - start
+        scores = evaluate(encoder, held_out, which, args.sts, args.words or (EWT, WNUT))
+        return scores | {"seconds": time.monotonic() - start}
+
+    rows = {Path(args.model).name: score(model, args.benchmarks)}
+    del model  # room for another
+    if args.baselines:
+        which = [name for name in args.benchmarks if name in ("sts", "articles")]
+        untrained = baselines(load(args, is_causal=True))
+        rows = {name: score(baseline, which) for name, baseline in untrained} | rows
     print(table(rows))
     print(json.dumps(rows[Path(args.model).name] if len(rows) == 1 else rows))
 

@@ -270,6 +270,19 @@ def test_the_loss_falls_and_is_logged_with_its_schedule(documents, tmp_path):
     assert [line["lr"] for line in log] == pytest.approx(expected)
 
 
+def test_the_warm_up_keeps_its_share_of_the_steps():
+    settings = train_module.with_steps(train_module.SETTINGS["supervised"]["paper"], 100)
+    rates = [train_module.learning_rate(step, settings) / settings.lr for step in range(100)]
+    assert settings.warm_up == 30 and rates[29] == 1
+    assert rates[0] == pytest.approx(1 / 30) and rates[99] == pytest.approx(1 / 70)
+
+
+def test_scores_of_masked_tokens_need_a_held_out_document_before_anything_is_scored(monkeypatch):
+    monkeypatch.setattr(train_module, "sts", lambda *_: pytest.fail("scored"))
+    with pytest.raises(ValueError, match="no held-out documents"):
+        train_module.evaluate(LLM2Vec.from_pretrained(TINY), [])
+
+
 def test_dropout_makes_the_two_views_of_a_sentence_differ(documents):
     model = LLM2Vec.from_pretrained(TINY)
     [row] = tokenize(model.tokenizer, documents[:1], 32)
