@@ -9,7 +9,8 @@
 
     python tests/benchmark.py --model data/models/smollm2-135m
     python tests/benchmark.py --model data/models/smollm2-135m --dtype bfloat16 --tasks stsb mntp
-    python tests/benchmark.py --model mistral-7b --tasks mntp        (on a GPU; random weights)
+    python tests/benchmark.py --model mistral-7b --dtype bfloat16 --compile
+        --tasks long mntp-paper simcse-paper        (for a GPU; random weights)
 
 Each contender runs in a process of its own, on the same weights, texts and threads; they take
 turns, round by round, after a round of warm-up. Printed are medians of seconds, the ratio to this
@@ -18,7 +19,8 @@ machine's own peak, measured with a large matrix product, that the useful floati
 come to: those of the text's own tokens, without padding and recomputation; and, for the encoding
 tasks, how near the vectors in bfloat16 are to those in float32.
 
-Contenders: `ours`; beside float32, `bfloat16`, which is this project in that type; `reference`,
+Contenders: `ours`; beside float32, `bfloat16`, which is this project in that type; with --compile,
+`compiled`, which is this project with its layers compiled by torch; `reference`,
 which is sentence-transformers for encoding and transformers with PEFT for training; and `llm2vec`,
 the authors' package (0.2.3, with transformers 4.44.2), in the Python of another environment,
 --llm2vec PYTHON. A named shape (mistral-7b, llama-3-8b, smollm2-135m, tiny) has random weights and
@@ -40,7 +42,10 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-BATCH, LENGTH, RATE, SENTENCES = 8, 128, 0.2, 32
+RATE = 0.2
+ENCODING = ("stsb", "wikipedia", "long")
+BLOCKS = {"mntp": (8, 128), "mntp-paper": (32, 512)}
+SENTENCES = {"simcse": 32, "simcse-512": 512, "simcse-paper": 128}
 SHAPES = {  # vocabulary, width, feed-forward, layers, heads, key/value heads
     "mistral-7b": (32000, 4096, 14336, 32, 32, 8),
     "llama-3-8b": (128256, 4096, 14336, 32, 32, 8),
@@ -50,9 +55,12 @@ SHAPES = {  # vocabulary, width, feed-forward, layers, heads, key/value heads
 TASKS = {
     "stsb": "encode 1,000 STS-B test sentences",
     "wikipedia": "encode 100 Wikipedia introductions",
-    "mntp": f"MNTP step, {BATCH} x {LENGTH}",
-    "simcse": f"SimCSE step, first sentences of {SENTENCES} introductions",
+    "mntp": "MNTP step, 8 x 128",
+    "simcse": "SimCSE step, first sentences of 32 introductions",
     "simcse-512": "SimCSE step, batch of 512",
+    "long": "encode 64 texts of 512 tokens",
+    "mntp-paper": "MNTP step of the paper, 32 x 512",
+    "simcse-paper": "SimCSE step of the paper, batch of 128",
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -69,10 +77,11 @@ def texts_of(task: str) -> list[str]:
         documents = [json.loads(line)["text"] for line in file][::9]
     if task == "wikipedia":
         return documents[:100]
-    if task == "mntp":
-        return documents[:200]
-    count = 512 if task == "simcse-512" else SENTENCES
-    return [document.partition(". ")[0] + "." for document in documents[:count]]
+    if task == "long":
+        return [" ".join(documents[i : i + 64]) for i in range(64)]
+    if task in BLOCKS:
+        return documents[:400]
+    return [document.partition(". ")[0] + "." for document in documents[: SENTENCES[task]]]
 
 
 def useful_flops(task: str, lengths: list[int], config: dict) -> float:
@@ -83,11 +92,11 @@ def useful_flops(task: str, lengths: list[int], config: dict) -> float:
     matrices = layers * (2 * d * q + 2 * d * kv + 3 * d * config["intermediate_size"])
     projection = sum(2 * matrices * n for n in lengths)
     attention = sum(4 * layers * q * n * n for n in lengths)
-    if task in ("stsb", "wikipedia"):
+    if task in ENCODING:
         return projection + attention
     # Backward through frozen weights: the gradient of their inputs alone; attention has two inputs.
     step = 2 * projection + 3 * attention
-    if task == "mntp":
+    if task in BLOCKS:
         return step + 2 * 2 * config["vocab_size"] * d * RATE * sum(lengths)
     return 2 * step  # two views
 
@@ -107,7 +116,9 @@ def matrix_peak(dtype: torch.dtype) -> float:
 # --- The contenders: each returns a function that runs one round ---------------------------------
 
 
-def ours(task: str, model: str, dtype: torch.dtype, max_tokens: int) -> Callable[[], object]:
+def ours(
+    task: str, model: str, dtype: torch.dtype, max_tokens: int, compiled: bool
+) -> Callable[[], object]:
     sys.path.insert(0, str(ROOT))
     import llm2vec
     import train
@@ -127,7 +138,10 @@ def ours(task: str, model: str, dtype: torch.dtype, max_tokens: int) -> Callable
     else:
         encoder = llm2vec.LLM2Vec.from_pretrained(model, dtype=dtype, device=DEVICE)
     decoder, texts = encoder.decoder, texts_of(task)
-    if task in ("stsb", "wikipedia"):
+    if compiled:
+        for layer in decoder.layers:
+            layer.compile()
+    if task in ENCODING:
         return lambda: encoder.encode(texts)
     decoder.train()
     parameters = add_lora(decoder, dropout=0.05)
@@ -139,12 +153,12 @@ def ours(task: str, model: str, dtype: torch.dtype, max_tokens: int) -> Callable
         optimizer.step()
         optimizer.zero_grad()
 
-    if task == "mntp":
-        batch = blocks_of(encoder.tokenizer.encode_batch(texts)).to(DEVICE)
+    if task in BLOCKS:
+        batch = blocks_of(task, encoder.tokenizer.encode_batch(texts)).to(DEVICE)
 
         def mntp() -> None:  # as train_mntp does it
             masked, chosen = llm2vec.mask_tokens(batch, 0, decoder.config.vocab_size, RATE)
-            total, n = int(chosen.sum()), max(1, max_tokens // LENGTH)
+            total, n = int(chosen.sum()), max(1, max_tokens // batch.shape[1])
             for part in zip(*(t.split(n) for t in (masked, batch, chosen)), strict=True):
                 llm2vec.mntp_loss(decoder, *part, total=total).backward()
             update()
@@ -160,9 +174,10 @@ def ours(task: str, model: str, dtype: torch.dtype, max_tokens: int) -> Callable
     return simcse
 
 
-def blocks_of(encodings: list) -> Tensor:
-    ids = [i for encoding in encodings for i in encoding.ids][: BATCH * LENGTH]
-    return torch.tensor(ids).view(BATCH, LENGTH)
+def blocks_of(task: str, encodings: list) -> Tensor:
+    count, length = BLOCKS[task]
+    ids = [i for encoding in encodings for i in encoding.ids][: count * length]
+    return torch.tensor(ids).view(count, length)
 
 
 def reference(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
@@ -181,13 +196,13 @@ def reference(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]
         llm2vec.LLM2Vec.from_pretrained(model, dtype=dtype).save(folder)
         how = {"dtype": dtype, "attn_implementation": "sdpa"}
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        if task in ("stsb", "wikipedia", "simcse-512"):
+        if task in (*ENCODING, "simcse-512"):
             encoder = SentenceTransformer(str(folder), device=DEVICE, model_kwargs=how)
-        elif task == "mntp":
+        elif task in BLOCKS:
             decoder = AutoModelForCausalLM.from_pretrained(folder, **how).to(DEVICE)
         else:
             decoder = AutoModel.from_pretrained(folder, attention_dropout=0.3, **how).to(DEVICE)
-    if task in ("stsb", "wikipedia"):
+    if task in ENCODING:
         return lambda: encoder.encode(texts, batch_size=32)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
@@ -208,8 +223,8 @@ def reference(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]
         optimizer.step()
         optimizer.zero_grad()
 
-    if task == "mntp":
-        batch = blocks_of(tokenizer(texts, add_special_tokens=False).encodings).to(DEVICE)
+    if task in BLOCKS:
+        batch = blocks_of(task, tokenizer(texts, add_special_tokens=False).encodings).to(DEVICE)
 
         def mntp() -> None:
             chosen = torch.rand(batch.shape, device=DEVICE) < RATE
@@ -251,7 +266,7 @@ def llm2vec(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
     model = older_tokenizer(Path(model), Path(scratch.name))
     how = {"torch_dtype": dtype, "attn_implementation": "sdpa", "device_map": DEVICE}
     encoder = LLM2Vec.from_pretrained(model, enable_bidirectional=True, **how)
-    if task in ("stsb", "wikipedia"):
+    if task in ENCODING:
         return lambda: encoder.encode(texts, batch_size=32, show_progress_bar=False)
     import torch.distributed.tensor  # noqa: F401 (peft uses it without importing it)
     from llm2vec.loss.HardNegativeNLLLoss import HardNegativeNLLLoss
@@ -260,7 +275,7 @@ def llm2vec(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
-    if task == "mntp":
+    if task in BLOCKS:
         decoder = LlamaBiForMNTP.from_pretrained(model, torch_dtype=dtype).to(DEVICE)
         decoder.model = get_peft_model(decoder.model, lora)
         trained = decoder.train()
@@ -277,8 +292,10 @@ def llm2vec(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
         optimizer.step()
         optimizer.zero_grad()
 
-    if task == "mntp":
-        batch = blocks_of(encoder.tokenizer(texts, add_special_tokens=False).encodings).to(DEVICE)
+    if task in BLOCKS:
+        batch = blocks_of(task, encoder.tokenizer(texts, add_special_tokens=False).encodings).to(
+            DEVICE
+        )
 
         def mntp() -> None:
             chosen = torch.rand(batch.shape, device=DEVICE) < RATE
@@ -321,9 +338,9 @@ def work(kind: str, task: str, model: str, dtype: str, max_tokens: int) -> None:
     """A contender's process: a round for each line on standard input."""
     out, sys.stdout = sys.stdout, sys.stderr
     torch.manual_seed(0)
-    if kind in ("ours", "bfloat16"):
+    if kind in ("ours", "bfloat16", "compiled"):
         dtype = "bfloat16" if kind == "bfloat16" else dtype
-        once = ours(task, model, getattr(torch, dtype), max_tokens)
+        once = ours(task, model, getattr(torch, dtype), max_tokens, kind == "compiled")
     else:
         once = {"reference": reference, "llm2vec": llm2vec}[kind](
             task, model, getattr(torch, dtype)
@@ -418,12 +435,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "data/tiny-llama"), help="folder or shape")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    default = [task for task in TASKS if task not in ("long", "mntp-paper", "simcse-paper")]
+    parser.add_argument("--tasks", nargs="+", default=default, choices=TASKS)
     parser.add_argument("--rounds", type=int, default=5)
     text = "of this project, in one forward pass; MNTP and SimCSE go in parts where they take more"
     parser.add_argument("--max-tokens", type=int, default=8192, help=text)
     parser.add_argument("--llm2vec", metavar="PYTHON", help="Python that has llm2vec 0.2.3")
     parser.add_argument("--alone", action="store_true", help="this project alone")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -435,6 +454,8 @@ def main() -> None:
     contenders = {"ours": sys.executable}
     if args.dtype == "float32":
         contenders["bfloat16"] = sys.executable
+    if args.compile:
+        contenders["compiled"] = sys.executable
     if args.model in SHAPES:
         tokenizer = load_tokenizer(ROOT / "data/tiny-llama")
         names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
@@ -455,9 +476,10 @@ def main() -> None:
     print("| task | contender | seconds | times ours | tokens/s | share of peak | peak MiB |")
     print("| --- | --- | --: | --: | --: | --: | --: |", flush=True)
     for task in args.tasks:
-        lengths = [len(e.ids) for e in tokenizer.encode_batch(texts_of(task))]
-        if task == "mntp":
-            lengths = [LENGTH] * BATCH
+        lengths = [min(512, len(e.ids)) for e in tokenizer.encode_batch(texts_of(task))]
+        if task in BLOCKS:
+            count, length = BLOCKS[task]
+            lengths = [length] * count
         flops = useful_flops(task, lengths, config)
         tokens = sum(lengths) * (2 if task.startswith("simcse") else 1)
         results = compete(task, contenders, args)
@@ -469,7 +491,7 @@ def main() -> None:
             )
             print(f"{row}| {flops / seconds / peak:.0%} | {result['peak']:,.0f} |", flush=True)
     for task in args.tasks:
-        if task in ("stsb", "wikipedia") and "bfloat16" in contenders and args.model not in SHAPES:
+        if task in ENCODING and "bfloat16" in contenders and args.model not in SHAPES:
             print(agreement(task, args.model), flush=True)
 
 
