@@ -784,7 +784,7 @@ class LLM2Vec:
         if pooling not in POOLING:
             raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
         ids, V = tokenizer.get_vocab().values(), decoder.config.vocab_size
-        last = max(*ids, *tokenizer.encode("a").ids)  # what stands around it may have others
+        last = max(*ids, *tokenizer.encode("a").ids)  # of what stands around a text, too
         if last >= V:
             raise ValueError(f"tokenizer.json: has token ids up to {last}, the model embeds {V}")
 

@@ -645,8 +645,6 @@ def evaluate(
     """Scores by name, see data/benchmarks.py; masked tokens are those of held-out documents."""
     masked = "masked" in benchmarks and model.decoder.can_predict
     if masked:  # what may be wrong with them is said before the long work
-        if not held_out:
-            raise ValueError("the corpus has no held-out documents (one in 50) to mask tokens of")
         rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
         blocks, mask_id = cut_into_blocks(rows, length=128, limit=256), mask_id_of(model)
     scores = sts(model, sts_files) if "sts" in benchmarks else {}
@@ -780,8 +778,18 @@ def run_stage(args: argparse.Namespace) -> None:
         print_next(Path(args.output) / "encoder")
 
 
+def held_out_of(corpus: str) -> list[str]:
+    _, held_out = split_documents(read_documents(corpus))
+    if not held_out:
+        raise ValueError(f"{corpus}: none of its documents is held out, which is one in fifty")
+    return held_out
+
+
 def run_evaluate(args: argparse.Namespace) -> None:
-    _, held_out = split_documents(read_documents(args.corpus))
+    held_out = held_out_of(args.corpus)
+    names = [Path(test).stem for _, test in args.words or ()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--words: test files of one name ({', '.join(names)}) have one score")
     model = load(args, args.adapters, pooling=args.pooling, is_causal=args.causal)
 
     def score(encoder: LLM2Vec, which: Sequence[str]) -> dict[str, float]:
@@ -800,7 +808,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    _, held_out = split_documents(read_documents(args.corpus))
+    held_out = held_out_of(args.corpus)
     texts = [sentence for document in held_out for sentence in sentences(document)][:200]
     model = load(args)
     panels = {Path(args.model).name: layer_cosines(model, texts)}

@@ -42,8 +42,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def unit_vectors(encoder: LLM2Vec, texts: Sequence[str]) -> np.ndarray:
-    """Vectors of length 1, (N, d) float64."""
+    """Vectors of length 1, (N, d) float64. Raises ValueError if one is not finite."""
     vectors = encoder.encode(texts).astype(np.float64)
+    broken = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(broken):
+        what = f"NaN or infinity in the vectors of {len(broken)} of {len(texts)} texts"
+        raise ValueError(f"{what}, such as {texts[broken[0]]!r:.60}")
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 
 
@@ -77,7 +81,8 @@ def read_sts(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
 def sts(encoder: LLM2Vec, files: str | Path | Sequence[str | Path] = STSB_TEST) -> dict[str, float]:
     """Score an encoder on files of sentence pairs.
 
-    Files named sts12-*.tsv make one task, STS12, and so on; any other file is a task. Each task's
+    Files named sts12-*.tsv make one task, STS12, and so on; any other file is a task, and no two
+    of them may have one name, whatever their folders (ValueError). Each task's
     score is Spearman's rho of cosine against gold over all of its pairs together (`all` in the
     SimCSE paper, Gao et al. 2021, appendix B); `STS` is the mean of several tasks. For tasks named
     stsb also `alignment`, the mean squared distance of pairs with a gold score of 4 or more, and
@@ -88,6 +93,8 @@ def sts(encoder: LLM2Vec, files: str | Path | Sequence[str | Path] = STSB_TEST) 
     for file in [files] if isinstance(files, (str, Path)) else files:
         of_a_year = re.match(r"sts\d\d(?=-|$)", Path(file).stem)
         name = of_a_year[0].upper() if of_a_year else Path(file).stem
+        if name in tasks and not of_a_year:
+            raise ValueError(f"{file}: a second file named {name}: its score would take its name")
         task = tasks.setdefault(name, ([], [], []))
         for all_of_it, more in zip(task, read_sts(file), strict=True):
             all_of_it.extend(more)

@@ -18,10 +18,12 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rho: Pearson's correlation of the ranks. NaN if either side is constant.
+    """Spearman's rho: Pearson's correlation of the ranks.
 
-    As scipy.stats.spearmanr.
+    NaN if either side is constant or has a NaN, as scipy.stats.spearmanr.
     """
+    if np.isnan([a, b]).any():
+        return float("nan")
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt((x @ x) * (y @ y))

@@ -46,6 +46,8 @@ def as_pair(line: bytes, where: str, instruction: str | None) -> str:
     try:
         raw = json.loads(line.decode("utf-8-sig"))
         negatives = raw.get("negative") or []
+        if not isinstance(negatives, (str, list)):
+            raise TypeError
         pair = {
             "query": raw["query"],
             "positive": raw["positive"],
@@ -55,8 +57,10 @@ def as_pair(line: bytes, where: str, instruction: str | None) -> str:
         texts = [pair["query"], pair["positive"], pair["instruction"], *pair["negatives"]]
         for text in texts:
             text.encode("utf-8")  # half a surrogate pair is no text
-    except UnicodeError:
+    except UnicodeDecodeError:
         raise ValueError(f"{where}: not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: half a surrogate pair") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         what = "expected an object with strings: query, positive, perhaps negative, instruction"
         raise ValueError(f"{where}: {what}") from None

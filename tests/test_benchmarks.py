@@ -63,6 +63,17 @@ def test_measures_are_those_of_the_reference_libraries(measure):
             assert score == pytest.approx(expected, abs=1e-6), case
 
 
+def test_vectors_that_are_not_numbers_have_no_score():
+    assert math.isnan(spearman([0.1, 0.2, float("nan"), 0.5], [1, 2, 3, 5]))
+
+    class Overflown:
+        def encode(self, texts):
+            return np.array([[1.0, 2.0], [np.inf, 0.0], [3.0, np.nan]])
+
+    with pytest.raises(ValueError, match="the vectors of 2 of 3 texts, such as 'two'"):
+        unit_vectors(Overflown(), ["one", "two", "three"])
+
+
 def test_entities_by_hand():
     labels = ["B-PER", "I-PER", "O", "I-LOC", "I-LOC", "B-LOC", "I-PER"]
     assert entities(labels) == {(0, 2, "PER"), (3, 5, "LOC"), (5, 6, "LOC"), (6, 7, "PER")}
@@ -120,6 +131,15 @@ def test_files_of_a_year_are_one_task_with_all_of_its_pairs_together(encoder, tm
     assert scores["STS"] == pytest.approx(np.mean(tasks))
     assert {"alignment", "uniformity"} < scores.keys()
     assert "uniformity" not in sts(encoder, tmp_path / "sts15.tsv")
+
+
+def test_two_files_of_one_name_are_not_one_task(encoder, tmp_path):
+    files = [tmp_path / folder / "test.tsv" for folder in ("stsb", "sick")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("5\ta\ta\n1\ta\tb\n")
+    with pytest.raises(ValueError, match="sick/test.tsv: a second file named test"):
+        sts(encoder, files)
 
 
 def test_bundled_tasks_have_their_published_sizes():

@@ -70,7 +70,7 @@ def driver(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("batch, stages", [(7, STAGES), (1, ("mntp",))])
 def test_two_processes_reach_the_adapter_of_one(driver, tmp_path, batch, stages):
-    """Shares of a batch are unequal, or there is none for the second; or in parts of 60 tokens."""
+    """Shares are unequal, or the second process has none; in one pass, or in parts of 60 tokens."""
     for ranks, max_tokens in ((1, 8192), (2, 8192), (2, 60)):
         folder = tmp_path / f"{ranks}-{max_tokens}"
         done = run(ranks, driver, folder, ",".join(stages), 4, max_tokens, batch)

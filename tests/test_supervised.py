@@ -44,7 +44,7 @@ def test_pairs_of_a_file_and_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     "line", ["no", "[]", '{"query": "a"}', '{"query": "a", "positive": 3}', '"a"']
     + ['{"query": "a", "positive": "b", "negative": [1]}', '{"query": "\\ud800", "positive": "b"}']
-    + ['{"query": "a", "positive": "b", "negative": 5}', '{"query": null, "positive": "b"}'],
+    + ['{"query": "a", "positive": "b", "negative": {"c": 1}}', '{"query": null, "positive": "b"}'],
 )  # fmt: skip
 def test_a_bad_pair_is_named(tmp_path, line):
     file = write(tmp_path / "a.jsonl", A, B)

@@ -277,10 +277,20 @@ def test_the_warm_up_keeps_its_share_of_the_steps():
     assert rates[0] == pytest.approx(1 / 30) and rates[99] == pytest.approx(1 / 70)
 
 
-def test_scores_of_masked_tokens_need_a_held_out_document_before_anything_is_scored(monkeypatch):
+def test_what_can_not_be_scored_is_said_before_anything_is(monkeypatch, tmp_path):
     monkeypatch.setattr(train_module, "sts", lambda *_: pytest.fail("scored"))
-    with pytest.raises(ValueError, match="no held-out documents"):
+    with pytest.raises(ValueError, match="0 tokens, too few"):
         train_module.evaluate(LLM2Vec.from_pretrained(TINY), [])
+    (tmp_path / "small.txt").write_text("One document.\n")
+    twice = ["a/train.txt", "a/test.txt"], ["b/train.txt", "b/test.txt"]
+    for command, flags, said in (
+        ("evaluate", ["--corpus", str(tmp_path / "small.txt")], "small.txt: none"),
+        ("inspect", ["--corpus", str(tmp_path / "small.txt")], "small.txt: none"),
+        ("evaluate", ["--words", *twice[0], "--words", *twice[1]], "test files of one name"),
+    ):
+        args = train_module.parser().parse_args([command, "--model", str(TINY), *flags])
+        with pytest.raises(ValueError, match=said):
+            args.run(args)
 
 
 def test_dropout_makes_the_two_views_of_a_sentence_differ(documents):
