@@ -809,9 +809,7 @@ class LLM2Vec:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        if pooling not in POOLING:  # complain of what is small before reading what is large
-            raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
-        Config.from_pretrained(folder)
+        Config.from_pretrained(folder)  # complain of it and the tokenizer before reading weights
         tokenizer = load_tokenizer(folder, template)
         decoder = Decoder.from_pretrained(folder, dtype, device)
         decoder.config.is_causal = is_causal  # step 1 of the method, entire

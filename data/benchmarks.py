@@ -81,10 +81,10 @@ def read_sts(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
 def sts(encoder: LLM2Vec, files: str | Path | Sequence[str | Path] = STSB_TEST) -> dict[str, float]:
     """Score an encoder on files of sentence pairs.
 
-    Files named sts12-*.tsv make one task, STS12, and so on; any other file is a task, and no two
-    of them may have one name, whatever their folders (ValueError). Each task's
-    score is Spearman's rho of cosine against gold over all of its pairs together (`all` in the
-    SimCSE paper, Gao et al. 2021, appendix B); `STS` is the mean of several tasks. For tasks named
+    Files named sts12-*.tsv make one task, STS12, and so on; any other file is a task, and no two of
+    them may have one name, whatever their folders (ValueError). Each task's score is Spearman's rho
+    of cosine against gold over all of its pairs together (`all` in the SimCSE paper, Gao et al.
+    2021, appendix B); `STS` is the mean of several tasks. For tasks named
     stsb also `alignment`, the mean squared distance of pairs with a gold score of 4 or more, and
     `uniformity`, the log of the mean of exp(-2 squared distance) over all pairs of sentences, both
     on unit vectors, lower is better (Wang & Isola 2020, arXiv 2005.10242).

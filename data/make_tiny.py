@@ -9,8 +9,8 @@ Tokenizer: the first 6,000 merges of SmolLM2's byte-level BPE; its tokens are a 
 SmolLM2's, with the same ids. Embeddings: SmolLM2's, reduced from 576 to 256 dimensions by PCA.
 Layers: random, trained as a causal language model on the training side of data/wikipedia.jsonl,
 where the target is a mixture of the true next token and of what SmolLM2 predicts (knowledge
-distillation, Hinton et al. 2015). Held-out documents give the loss that it prints, and
-are not trained on; benchmarks are never read.
+distillation, Hinton et al. 2015). Held-out documents give the loss that it prints, and are not
+trained on; benchmarks are never read.
 """
 
 import json

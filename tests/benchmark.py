@@ -84,6 +84,11 @@ def texts_of(task: str) -> list[str]:
     return [document.partition(". ")[0] + "." for document in documents[: SENTENCES[task]]]
 
 
+def masking(model: str) -> tuple[float, tuple[float, float]]:
+    """Share of tokens hidden, and of those, replaced by the mask and at random (the paper's)."""
+    return (0.8, (1.0, 0.0)) if model == "mistral-7b" else (0.2, (0.8, 0.1))
+
+
 def useful_flops(task: str, lengths: list[int], config: dict) -> float:
     """Multiplications and additions, counted as two, that the task's own tokens need."""
     d, layers = config["hidden_size"], config["num_hidden_layers"]
@@ -155,10 +160,11 @@ def ours(
 
     if task in BLOCKS:
         batch = blocks_of(task, encoder.tokenizer.encode_batch(texts)).to(DEVICE)
-        masking = train.MASKING["mistral" if model == "mistral-7b" else "llama"]
 
         def mntp() -> None:  # as train_mntp does it
-            masked, chosen = llm2vec.mask_tokens(batch, 0, decoder.config.vocab_size, *masking)
+            masked, chosen = llm2vec.mask_tokens(
+                batch, 0, decoder.config.vocab_size, *masking(model)
+            )
             total, n = int(chosen.sum()), max(1, max_tokens // batch.shape[1])
             for part in zip(*(t.split(n) for t in (masked, batch, chosen)), strict=True):
                 llm2vec.mntp_loss(decoder, *part, total=total).backward()
@@ -228,7 +234,7 @@ def reference(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]
         batch = blocks_of(task, tokenizer(texts, add_special_tokens=False).encodings).to(DEVICE)
 
         def mntp() -> None:
-            chosen = torch.rand(batch.shape, device=DEVICE) < 0.2
+            chosen = torch.rand(batch.shape, device=DEVICE) < masking(model)[0]
             masked = batch.masked_fill(chosen, 0)
             trained(masked, labels=batch.masked_fill(~chosen, -100)).loss.backward()
             update()
@@ -299,7 +305,7 @@ def llm2vec(task: str, model: str, dtype: torch.dtype) -> Callable[[], object]:
         )
 
         def mntp() -> None:
-            chosen = torch.rand(batch.shape, device=DEVICE) < 0.2
+            chosen = torch.rand(batch.shape, device=DEVICE) < masking(model)[0]
             labels = batch.masked_fill(~chosen, -100)
             trained(batch.masked_fill(chosen, 0), labels=labels).loss.backward()
             update()
@@ -469,7 +475,7 @@ def main() -> None:
             contenders["reference"] = sys.executable
         if args.llm2vec:
             contenders["llm2vec"] = args.llm2vec
-    config["mask_rate"] = 0.8 if args.model == "mistral-7b" else 0.2
+    config["mask_rate"], _ = masking(args.model)
     peak = matrix_peak(getattr(torch, args.dtype))
     print(
         f"{args.model}, {args.dtype}, {DEVICE}, {torch.get_num_threads()} threads, torch", end=" "

@@ -1,5 +1,6 @@
 """The stages, from small steps to the whole command."""
 
+import gc
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +293,28 @@ def test_what_can_not_be_scored_is_said_before_anything_is(monkeypatch, tmp_path
         args = train_module.parser().parse_args([command, "--model", str(TINY), *flags])
         with pytest.raises(ValueError, match=said):
             args.run(args)
+
+
+def test_a_comparison_holds_one_model_at_a_time(monkeypatch, tmp_path):
+    load, alive = LLM2Vec.from_pretrained, []
+
+    def load_alone(*args, **kwargs):
+        gc.collect()
+        assert not any(decoder() for decoder in alive)
+        model = load(*args, **kwargs)
+        alive.append(weakref.ref(model.decoder))
+        return model
+
+    monkeypatch.setattr(LLM2Vec, "from_pretrained", load_alone)
+    monkeypatch.setattr(train_module, "evaluate", lambda *_: {"STS": 0.5})
+    for args in (
+        ["--compare", "--steps", "1", "--output", str(tmp_path / "run")],
+        ["evaluate", "--model", str(TINY), "--baselines"],
+    ):
+        args = train_module.parser().parse_args(args)
+        args.run(args)
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(alive) == 4 and len(rows) == 9 and list(rows)[-1] == "SimCSE without MNTP"
 
 
 def test_dropout_makes_the_two_views_of_a_sentence_differ(documents):
