@@ -206,14 +206,18 @@ for stage in ("mntp", "simcse"):
     began = time.monotonic()
     assert os.waitpid(start(stage, root / stage), 0)[1] == 0
     took[stage] = time.monotonic() - began
-same = killed = 0
-for trial in range(20):
-    stage = ("mntp", "simcse")[trial % 2]
+same = killed = trial = 0
+while killed < 20 and trial < 100:
+    stage = ("mntp", "simcse")[killed % 2]
     folder = root / str(trial)
+    trial += 1
     child = start(stage, folder)
     time.sleep(draw.uniform(0.05, 0.95) * took[stage])
     os.kill(child, signal.SIGKILL)
-    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+    if os.waitpid(child, 0)[1] != signal.SIGKILL:  # it was done: a busy machine has become idle
+        took[stage] *= 0.8
+        continue
+    killed += 1
     assert os.waitpid(start(stage, folder), 0)[1] == 0
     same += adapter(folder) == adapter(root / stage)
 print(same, killed)
@@ -228,4 +232,4 @@ def test_twenty_processes_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     same, killed = map(int, done.stdout.split())
-    assert same == 20 and killed >= 15, "a few may have finished before the signal"
+    assert (same, killed) == (20, 20)
