@@ -37,8 +37,10 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         x_in, scale = x, self.scale
-        if self.training and self.dropout > 0:
+        if self.training and self.dropout > 0 and x.device.type == "cpu":
             x_in, scale = torch.where(kept(x, self.dropout), x, 0), scale / (1 - self.dropout)
+        elif self.training:
+            x_in = F.dropout(x, self.dropout)
         A, B = self.lora_A.weight.to(x.dtype), (self.lora_B.weight * scale).to(x.dtype)
         low, y = F.linear(x_in, A), super().forward(x)
         y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), B.T)  # in place: less memory
@@ -52,8 +54,8 @@ class LoRALinear(nn.Linear):
 def kept(x: Tensor, p: float) -> Tensor:
     """What dropout spares of x: booleans of its shape, each False with chance p to within 2^-16.
 
-    Four numbers share 64 random bits. torch's dropout draws 64 for each number, which on a CPU
-    takes a fifth of a training step.
+    For a CPU: four numbers share 64 random bits. torch's dropout draws 64 for each number, which
+    there takes a fifth of a training step.
     """
     n = x.numel()
     bits = torch.empty(n // 4 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)

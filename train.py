@@ -753,6 +753,16 @@ def print_next(encoder: Path) -> None:
     print(f"  python llm2vec.py encode --model {encoder} --input texts.txt --output vectors.npy")
 
 
+def compile_layers(decoder: Decoder) -> None:
+    """Have torch.compile fuse what each layer does between its matrix products.
+
+    Lengths are variables of the compiled code: batches differ in them. Dropout draws what it draws
+    uncompiled: in torch.compile's own numbers the two passes of `contrast` could differ.
+    """
+    for layer in decoder.layers:
+        layer.compile(dynamic=True, options={"fallback_random": True})
+
+
 def run_stage(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if v is not None}
     settings = SETTINGS[args.command][args.preset]
@@ -767,9 +777,16 @@ def run_stage(args: argparse.Namespace) -> None:
     model = load(args, args.adapters, **({"device": "cpu"} if args.quantize else {}))
     if args.quantize:  # what does not fit on a GPU as it is, passes through the machine's memory
         quantize_nf4(model.decoder, "cuda" if torch.cuda.is_available() else "cpu")
+    if args.compile:
+        compile_layers(model.decoder)
     if RANK == 0:
         clear(Path(args.output), args.overwrite)
-    STAGES[args.command](model, data, settings, Path(args.output))
+    try:
+        STAGES[args.command](model, data, settings, Path(args.output))
+    except RuntimeError as error:
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        raise ValueError(f"--compile: {str(error).splitlines()[0]}") from None  # no C++ compiler
     say(f"The adapter is in {args.output}")
     if args.command != "mntp" and RANK == 0:
         if args.quantize:
@@ -894,6 +911,8 @@ def parser() -> argparse.ArgumentParser:
             add("--errors", default="strict", choices=("strict", "skip"), help=text)
         text = "keep the frozen weights in 4 bits while training (nf4): for a small GPU"
         add("--quantize", choices=("nf4",), help=text)
+        text = "fuse each layer by torch.compile: it takes minutes, and may pay on a GPU"
+        add("--compile", action="store_true", help=text)
         add("--output", required=True, help="run folder; a run that is there goes on")
         add("--overwrite", **again)
         add("--preset", default="paper", choices=SETTINGS[name], help="(default: %(default)s)")

@@ -144,8 +144,7 @@ def ours(
         encoder = llm2vec.LLM2Vec.from_pretrained(model, dtype=dtype, device=DEVICE)
     decoder, texts = encoder.decoder, texts_of(task)
     if compiled:
-        for layer in decoder.layers:
-            layer.compile()
+        train.compile_layers(decoder)
     if task in ENCODING:
         return lambda: encoder.encode(texts)
     decoder.train()

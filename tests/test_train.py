@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import train as train_module
 from data.benchmarks import BASELINES, STS_FILES, STSB_TEST
@@ -195,6 +196,45 @@ def test_layers_are_computed_twice_where_memory_is_short(documents, tmp_path, mo
     assert f" for {quick.batch * quick.length:,} tokens" in kept, "a block is one text"
     assert kept.endswith("they are kept") and computed.endswith("again in the backward pass")
     assert made[0] == made[1], "the same bits, dropout included"
+
+
+def test_compiled_layers_train_the_same_adapter(documents, tmp_path, monkeypatch):
+    """With dropout and in parts; traced, but run operation by operation: no compiler is needed."""
+    compile = torch.compile
+
+    def traced(function, dynamic, options):
+        assert options == {"fallback_random": True}, "without it, two passes may drop differently"
+        return compile(function, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    counters.clear()
+    made = []
+    settings = replace(QUICK["simcse"], max_tokens=96, dropout=0.0)  # the adapters' is not traced
+    for compiled in (False, True):
+        model = LLM2Vec.from_pretrained(TINY)
+        del model.decoder.layers[2:]
+        if compiled:
+            train_module.compile_layers(model.decoder)
+        STAGES["simcse"](model, documents, settings, tmp_path / str(compiled))
+        made.append((tmp_path / str(compiled) / "adapter_model.safetensors").read_bytes())
+    assert made[0] == made[1]
+    assert 0 < counters["stats"]["unique_graphs"] < 8, "torch gives up at 8"
+    assert not counters["graph_break"]
+
+
+def test_the_compile_flag_and_what_is_said_without_a_compiler(tmp_path, monkeypatch):
+    compiled = []
+
+    def fails(model, *_):
+        assert compiled == [model.decoder]
+        raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler\n\nmore")
+
+    monkeypatch.setattr(train_module, "compile_layers", compiled.append)
+    monkeypatch.setitem(STAGES, "simcse", fails)
+    command = ["train.py", "simcse", "--model", str(TINY), "--compile", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match=r"^--compile: no working C\+\+ compiler$"):
+        train_module.main()
 
 
 @pytest.mark.parametrize("factor, fate", [(1.7, "computed again"), (1.9, "kept")])
