@@ -13,8 +13,9 @@ top and you will have met all of them:
     contrastive_loss   step 3: contrastive learning (SimCSE)
     LLM2Vec            all of it as an encoder: texts in, vectors out
 
-The method ends there. What follows turns an encoder into a folder that other tools load, and into
-a command line. Steps 2 and 3 are run by train.py, on the adapters of lora.py.
+The method ends there. What follows spares a GPU the padding, and turns an encoder into a folder
+that other tools load, and into a command line. Steps 2 and 3 are run by train.py, on the adapters
+of lora.py.
 
 What is notable here: modules carry the names of Hugging Face checkpoints, so that loading needs no
 table of names; every kind of attention is one boolean mask made by one function; there is no cache
@@ -26,6 +27,7 @@ Shapes: B batch, T tokens, d width, H heads, K key/value heads, D head width, V 
 import argparse
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -38,7 +40,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -278,7 +280,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Packed | None", dropout: float
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for every head: (B, H, T, D), of k and v (B, K, T, D).
 
     On a GPU, and for long texts, by torch's kernel, which holds no T x T matrix (but on a CPU with
@@ -287,9 +291,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     """
     B, H, T, D = q.shape
     group = H // k.shape[1]  # query heads that share a key/value head
-    if q.device.type != "cpu" or T > 128:
+    if q.device.type != "cpu" or T > 128 or isinstance(mask, Packed):
         # Repeating the heads costs little; not every kernel of every torch would do it by itself.
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        if isinstance(mask, Packed):
+            return mask.attend(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     q = q.reshape(B, -1, group * T, D)  # rows of one key/value head: its queries, head by head
     scores = (q * D**-0.5) @ k.transpose(2, 3)
@@ -316,7 +322,9 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
         self.rotary = config.no_rope_layers is None or bool(config.no_rope_layers[layer])
 
-    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: "Tensor | Packed | None", cos: Tensor, sin: Tensor
+    ) -> Tensor:
         B, T, _ = x.shape
         D, c = self.config.head_dim, self.config
         q = self.q_proj(x).view(B, T, c.num_attention_heads, D).transpose(1, 2)  # (B, H, T, D)
@@ -353,7 +361,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: "Tensor | Packed | None", cos: Tensor, sin: Tensor
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -375,24 +385,36 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute = False  # True: keep one tensor a layer, compute the rest again in backward
 
-    def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, segments: Tensor | None = None, pack: bool = False
+    ) -> Tensor:
         """Hidden states after the final norm, (B, T, d), of input_ids (B, T).
 
         segments (B, T): see `attention_mask`; None means that every row is one text, unpadded.
+        pack: leave padding out of the layers where a kernel for that is there, see "Texts end to
+            end" below; its states are then 0.
         """
-        T = input_ids.shape[1]
+        B, T = input_ids.shape
         if segments is None:
             segments = input_ids.new_ones(1, T)
         mask = attention_mask(segments, self.config.is_causal, self.config.sliding_window)
         x = self.embed_tokens(input_ids)  # (B, T, d)
         cos, sin = rotary_table(self.config, T, x.device, x.dtype)
+        packed = end_to_end(self, mask, segments) if pack else None
+        if packed is not None:
+            mask, text = packed, segments > 0
+            cos, sin = (table.expand(B, T, -1)[text] for table in (cos, sin))
+            x = x[text][None]  # (1, tokens, d)
         x = x.float()
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, mask, cos, sin, use_reentrant=False)
             else:
                 x = layer(x, mask, cos, sin)
-        return self.norm(x)
+        x = self.norm(x)
+        if packed is not None:
+            x = x.new_zeros(B, T, x.shape[-1]).index_put((text,), x[0])
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, (..., V), of hidden states (..., d)."""
@@ -826,7 +848,8 @@ class LLM2Vec:
         input_ids = pad([ids for ids, _ in rows], device)
         own = pad([own for _, own in rows], device)
         segments = pad([[1] * len(ids) for ids, _ in rows], device)
-        return pool(self.decoder(input_ids, segments), self.pooling, own)
+        hidden = self.decoder(input_ids, segments, pack=not self.decoder.training)
+        return pool(hidden, self.pooling, own)
 
     def encode(
         self,
@@ -917,6 +940,68 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
         n = max(alike, min(most, 512 // longest))
         yield order[:n]
         order = order[n:]
+
+
+# --- Texts end to end --------------------------------------------------------------------------
+# Padding costs as much as text. A GPU may have a kernel for attention among texts that lie end to
+# end in one row, and is told where each ends: then `encode` computes no padding.
+
+
+class Packed(NamedTuple):
+    """In place of a mask: texts in one row, each of which sees itself, whole."""
+
+    kernel: Callable  # see `varlen_kernel`
+    ends: Tensor  # (texts + 1,) int32: where each text begins, and where the last one ends
+    longest: int  # tokens
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attend` of (1, H, T, D), with as many heads of k and v as of q."""
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, D)
+        y = self.kernel(q, k, v, self.ends, self.ends, self.longest, self.longest)
+        return y.transpose(0, 1)[None]
+
+
+def end_to_end(decoder: Decoder, mask: Tensor | None, segments: Tensor) -> Packed | None:
+    """How the texts of a padded batch lie end to end, where there is a kernel for that.
+
+    Only if the mask keeps each row's one text and its padding apart, and does nothing else: that is
+    all that the kernel is told. Any other mask, yours for one, is computed as it stands.
+    """
+    weight, c = decoder.embed_tokens.weight, decoder.config
+    if mask is None or weight.device.type not in VARLEN or segments.max() > 1:
+        return None
+    if not torch.equal(mask[:, 0], segments[:, :, None] == segments[:, None, :]):
+        return None
+    kernel = varlen_kernel(weight.device, weight.dtype, c.num_attention_heads, c.head_dim)
+    if kernel is None:
+        return None
+    lengths = segments.sum(dim=1)
+    ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return Packed(kernel, ends, int(lengths.max()))
+
+
+VARLEN = ("cuda",)  # types of devices that may have the kernel
+
+
+@functools.cache
+def varlen_kernel(device: torch.device, dtype: torch.dtype, H: int, D: int) -> Callable | None:
+    """torch's kernel, where it is there and does what `attend` does.
+
+    torch.nn.attention.varlen came with torch 2.10. It is FlashAttention (Dao 2023): for 16-bit
+    types, some head widths and some GPUs. Two small texts are tried instead of listing which.
+    """
+    ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    q, k, v = torch.arange(3 * 8 * H * D, device=device).sin().to(dtype).view(3, 1, 8, H, D)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        found = Packed(varlen_attn, ends, 5).attend(q, k, v)
+    except (ImportError, RuntimeError):
+        return None
+    texts = ([x[:, :, first:last] for x in (q, k, v)] for first, last in ((0, 3), (3, 8)))
+    expected = torch.cat([attend(*text, None, 0.0) for text in texts], dim=2)
+    return varlen_attn if torch.allclose(found, expected, rtol=0.0, atol=0.02) else None
 
 
 # --- Many processes ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_packed import StandIn, install
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -151,6 +152,13 @@ def test_encoding_and_scoring(away):
         torch.testing.assert_close(here, there, atol=1e-4, rtol=0)
     blocks = torch.tensor([model.tokenizer.encode(TEXTS[1]).ids])
     assert 0 <= benchmarks.masked_accuracy(model, blocks, train.mask_id_of(model)) <= 1
+
+
+def test_texts_end_to_end(away, monkeypatch):
+    expected = tiny("cpu").encode(TEXTS)
+    kernel = install(monkeypatch, StandIn(), AWAY.type)
+    np.testing.assert_allclose(tiny(AWAY).encode(TEXTS), expected, atol=1e-4)
+    assert kernel.tokens > 8, "more than those that it was tried out with"
 
 
 @pytest.mark.parametrize("quantize, room", [(False, 2**33), (True, 1)], ids=["", "nf4-recomputed"])
