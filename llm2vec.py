@@ -280,6 +280,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
+# cuDNN's attention plans anew for each shape, for longer than it then saves, and batches differ.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Packed | None", dropout: float
 ) -> Tensor:
@@ -385,14 +389,10 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute = False  # True: keep one tensor a layer, compute the rest again in backward
 
-    def forward(
-        self, input_ids: Tensor, segments: Tensor | None = None, pack: bool = False
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, (B, T, d), of input_ids (B, T).
 
         segments (B, T): see `attention_mask`; None means that every row is one text, unpadded.
-        pack: leave padding out of the layers where a kernel for that is there, see "Texts end to
-            end" below; its states are then 0.
         """
         B, T = input_ids.shape
         if segments is None:
@@ -400,8 +400,8 @@ class Decoder(nn.Module):
         mask = attention_mask(segments, self.config.is_causal, self.config.sliding_window)
         x = self.embed_tokens(input_ids)  # (B, T, d)
         cos, sin = rotary_table(self.config, T, x.device, x.dtype)
-        packed = end_to_end(self, mask, segments) if pack else None
-        if packed is not None:
+        packed = end_to_end(self, mask, segments)
+        if packed is not None:  # on a GPU the layers may see no padding
             mask, text = packed, segments > 0
             cos, sin = (table.expand(B, T, -1)[text] for table in (cos, sin))
             x = x[text][None]  # (1, tokens, d)
@@ -848,8 +848,7 @@ class LLM2Vec:
         input_ids = pad([ids for ids, _ in rows], device)
         own = pad([own for _, own in rows], device)
         segments = pad([[1] * len(ids) for ids, _ in rows], device)
-        hidden = self.decoder(input_ids, segments, pack=not self.decoder.training)
-        return pool(hidden, self.pooling, own)
+        return pool(self.decoder(input_ids, segments), self.pooling, own)
 
     def encode(
         self,
@@ -943,8 +942,8 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
 
 
 # --- Texts end to end --------------------------------------------------------------------------
-# Padding costs as much as text. A GPU may have a kernel for attention among texts that lie end to
-# end in one row, and is told where each ends: then `encode` computes no padding.
+# Padding costs as much as text, and a mask rules out the fastest kernels. A GPU may have one that
+# takes texts end to end in one row and is told where each ends: then `encode` computes no padding.
 
 
 class Packed(NamedTuple):
@@ -964,11 +963,15 @@ class Packed(NamedTuple):
 def end_to_end(decoder: Decoder, mask: Tensor | None, segments: Tensor) -> Packed | None:
     """How the texts of a padded batch lie end to end, where there is a kernel for that.
 
-    Only if the mask keeps each row's one text and its padding apart, and does nothing else: that is
-    all that the kernel is told. Any other mask, yours for one, is computed as it stands.
+    Only in inference mode: training may drop attention, which the kernel can't. Only if the mask
+    keeps each row's one text and its padding apart, and does nothing else: that is all that the
+    kernel is told. Any other mask, yours for one, is computed as it stands. Layers and `attend` see
+    one row and a `Packed`, and padding's states are 0; an empty VARLEN turns it off.
     """
     weight, c = decoder.embed_tokens.weight, decoder.config
-    if mask is None or weight.device.type not in VARLEN or segments.max() > 1:
+    if mask is None or weight.device.type not in VARLEN or not torch.is_inference_mode_enabled():
+        return None
+    if ((segments != 0) & (segments != 1)).any():
         return None
     if not torch.equal(mask[:, 0], segments[:, :, None] == segments[:, None, :]):
         return None
@@ -985,10 +988,10 @@ VARLEN = ("cuda",)  # types of devices that may have the kernel
 
 @functools.cache
 def varlen_kernel(device: torch.device, dtype: torch.dtype, H: int, D: int) -> Callable | None:
-    """torch's kernel, where it is there and does what `attend` does.
+    """torch's kernel, where it is there and gives two short texts what `attend` gives, to 0.02.
 
     torch.nn.attention.varlen came with torch 2.10. It is FlashAttention (Dao 2023): for 16-bit
-    types, some head widths and some GPUs. Two small texts are tried instead of listing which.
+    types, some head widths and some GPUs. It is tried instead of listing which.
     """
     ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     q, k, v = torch.arange(3 * 8 * H * D, device=device).sin().to(dtype).view(3, 1, 8, H, D)

@@ -37,10 +37,11 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         x_in, scale = x, self.scale
-        if self.training and self.dropout > 0 and x.device.type == "cpu":
-            x_in, scale = torch.where(kept(x, self.dropout), x, 0), scale / (1 - self.dropout)
-        elif self.training:
-            x_in = F.dropout(x, self.dropout)
+        if self.training and self.dropout > 0:
+            if x.device.type != "cpu" or torch.compiler.is_compiling():
+                x_in = F.dropout(x, self.dropout)
+            else:
+                x_in, scale = torch.where(kept(x, self.dropout), x, 0), scale / (1 - self.dropout)
         A, B = self.lora_A.weight.to(x.dtype), (self.lora_B.weight * scale).to(x.dtype)
         low, y = F.linear(x_in, A), super().forward(x)
         y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), B.T)  # in place: less memory

@@ -129,8 +129,9 @@ MASKING = dict.fromkeys(FAMILIES, (0.2, (0.8, 0.1))) | {"mistral": (0.8, (1.0, 0
 
 # --- The loop ----------------------------------------------------------------------------------
 
-# One optimiser step's gradients: takes a batch, leaves gradients, returns its loss and tokens.
-Backward = Callable[[list], tuple[float, int]]
+# One optimiser step's gradients: takes a batch, and of how many tokens a pass may keep activations;
+# leaves gradients, returns the batch's loss and tokens.
+Backward = Callable[[list, int], tuple[float, int]]
 
 
 def fit(
@@ -167,7 +168,7 @@ def fit(
     torch.manual_seed(settings.seed)
     parameters = add_lora(decoder.train(), settings.rank, settings.alpha, settings.dropout)
     decoder.config.attention_dropout = settings.attention_dropout
-    decoder.recompute = is_short_of_memory(decoder, settings, texts)
+    room = tokens_kept(decoder, settings, texts)
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     done = load_state(folder, parameters, optimizer)
 
@@ -180,7 +181,7 @@ def fit(
             torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
             batch = batch_at(step, datasets, settings.batch, settings.seed)
             try:
-                loss, tokens = backward(batch)
+                loss, tokens = backward(batch, room)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -256,22 +257,28 @@ def slots_of(datasets: Sequence[Sequence], size: int) -> list[tuple[int, int, in
 
 
 # A process grows by more than is kept: the C library's heap can't put a tensor of 64-byte alignment
-# where one of the same size was freed. Measured with glibc: 1.6 to 1.8 times.
-HOLES = 1.8
+# where one of the same size was freed. Measured with glibc: 1.6 to 1.8 times. On a GPU, the loss's
+# logits, the libraries and torch's allocator want room beside it.
+HOLES, BESIDE = 1.8, 3 * 2**30
 
 
-def is_short_of_memory(decoder: Decoder, settings: Settings, texts: int) -> bool:
-    """Whether a forward pass may keep more for the backward pass than is free; says so."""
+def tokens_kept(decoder: Decoder, settings: Settings, texts: int) -> int:
+    """Of how many tokens a pass can keep its activations for the backward pass; says so.
+
+    A pass of more computes them again, layer by layer: the same bits, for half as much time again.
+    """
     device = decoder.norm.weight.device
-    batch = texts * settings.batch * settings.length
+    batch = math.ceil(texts * settings.batch / RANKS) * settings.length
     tokens = max(settings.length, min(settings.max_tokens, batch))
     needed, free = kept_bytes(decoder, settings, tokens), free_memory(device)
-    if device.type == "cpu":
-        needed *= HOLES
-    fate = "kept" if needed < free else "computed again in the backward pass"
-    what = f"{needed / 2**30:.1f} GiB for {tokens:,} tokens, {free / 2**30:.1f} GiB are free"
-    say(f"activations: {what}; they are {fate}")
-    return needed >= free
+    room = free / HOLES if device.type == "cpu" else max(0, free - BESIDE)
+    kept = int(room / needed * tokens)
+    fate = "they are kept"
+    if kept < tokens:
+        fate = f"passes of over {kept:,} tokens compute them again in the backward pass"
+    what = f"{needed / 2**30:.1f} GiB for {tokens:,} tokens, {room / 2**30:.1f} GiB can be had"
+    say(f"activations: {what}; {fate}")
+    return kept
 
 
 def kept_bytes(decoder: Decoder, settings: Settings, tokens: int) -> int:
@@ -286,7 +293,7 @@ def kept_bytes(decoder: Decoder, settings: Settings, tokens: int) -> int:
     norms = 2 * d * 4
     adapters = (5 * d + heads + m) * (size + 1) if settings.dropout else (2 * d + heads + m) * size
     attention = 4 * heads * size
-    if settings.attention_dropout:
+    if settings.attention_dropout and decoder.norm.weight.device.type == "cpu":
         attention += 3 * c.num_attention_heads * settings.length * size
     return tokens * c.num_hidden_layers * (norms + adapters + attention + 3 * m * size)
 
@@ -515,13 +522,14 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
     rows = (e.ids for c in chunks for e in model.tokenizer.encode_batch([documents[i] for i in c]))
     blocks = cut_into_blocks(rows, settings.length, limit=settings.steps * settings.batch)
 
-    def backward(batch: list[Tensor]) -> tuple[float, int]:
+    def backward(batch: list[Tensor], room: int) -> tuple[float, int]:
         ids = torch.stack(batch)
         maskable = ~torch.isin(ids, special)
         masked, chosen = mask_tokens(ids, mask_id, V, rate, fate, maskable)
         total, loss = int(chosen.sum()), 0.0  # of all processes
         torch.manual_seed(torch.initial_seed() + 1 + RANK)  # for dropout
         n = max(1, settings.max_tokens // settings.length)
+        model.decoder.recompute = min(n, math.ceil(len(ids) / RANKS)) * settings.length > room
         parts = zip(*(t[RANK::RANKS].split(n) for t in (masked, ids, chosen)), strict=True)
         for part in parts:
             if not len(part[0]):  # more processes than blocks
@@ -549,15 +557,21 @@ def train_simcse(
     if len(texts) < 2:
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
 
-    def backward(batch: list[str]) -> tuple[float, int]:
+    def backward(batch: list[str], room: int) -> tuple[float, int]:
         rows = 2 * tokenize(model.tokenizer, batch, settings.length)  # dropout makes two views
-        return contrast(model, rows, lambda v: contrastive_loss(*v.chunk(2)), settings.max_tokens)
+        return contrast(
+            model, rows, lambda v: contrastive_loss(*v.chunk(2)), settings.max_tokens, room
+        )
 
     fit(model, [texts], backward, settings, folder, texts=2)
 
 
 def contrast(
-    model: LLM2Vec, rows: Sequence, loss_of: Callable[[Tensor], Tensor], max_tokens: int
+    model: LLM2Vec,
+    rows: Sequence,
+    loss_of: Callable[[Tensor], Tensor],
+    max_tokens: int,
+    room: float = math.inf,
 ) -> tuple[float, int]:
     """Gradients of a contrastive batch; this process's share of its loss, and its tokens.
 
@@ -565,20 +579,24 @@ def contrast(
     encoded together. A batch of more than max_tokens, or one that many processes share, still has
     all its candidates, with exact gradients (GradCache, Gao et al. 2021, arXiv 2101.06983): encode
     it in parts without keeping activations; take the loss's gradient with respect to the vectors;
-    encode each part again, with the same dropout, and pass its vectors' gradient on.
+    encode each part again, with the same dropout, and pass its vectors' gradient on. `room`: of how
+    many tokens a pass may keep activations.
     """
     lengths = [len(ids) for ids, _ in rows]
     own = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::RANKS]
     parts = [
         [own[i] for i in part] for part in batches_by_length([lengths[i] for i in own], max_tokens)
     ]
+    sizes = [len(part) * lengths[part[0]] for part in parts]
+    in_one_graph = RANKS == 1 and sum(sizes) <= max_tokens
+    model.decoder.recompute = (sum(sizes) if in_one_graph else max(sizes, default=0)) > room
     seed = int(torch.randint(2**62, ()))
 
     def vectors_of(part: list[int]) -> Tensor:
         torch.manual_seed(seed + part[0])
         return model.embed([rows[i] for i in part])
 
-    if RANKS == 1 and sum(len(part) * lengths[part[0]] for part in parts) <= max_tokens:
+    if in_one_graph:
         order = torch.tensor([i for part in parts for i in part])
         loss = loss_of(torch.cat([vectors_of(part) for part in parts])[order.argsort()])
         loss.backward()
@@ -610,7 +628,7 @@ def train_supervised(
     negative of the batch is a candidate for each of its queries (section 4 of the paper).
     """
 
-    def backward(batch: list[str]) -> tuple[float, int]:
+    def backward(batch: list[str], room: int) -> tuple[float, int]:
         pairs, rows = [json.loads(pair) for pair in batch], []
         for p in pairs:
             rows += tokenize(model.tokenizer, [p["query"]], settings.length, p["instruction"])
@@ -621,7 +639,7 @@ def train_supervised(
             query, positive = vectors[: 2 * len(pairs)].chunk(2)
             return contrastive_loss(query, positive, vectors[2 * len(pairs) :])
 
-        return contrast(model, rows, loss_of, settings.max_tokens)
+        return contrast(model, rows, loss_of, settings.max_tokens, room)
 
     fit(model, datasets, backward, settings, folder, texts=3)  # with a hard negative
 
@@ -757,8 +775,11 @@ def compile_layers(decoder: Decoder) -> None:
     """Have torch.compile fuse what each layer does between its matrix products.
 
     Lengths are variables of the compiled code: batches differ in them. Dropout draws what it draws
-    uncompiled: in torch.compile's own numbers the two passes of `contrast` could differ.
+    uncompiled, because torch.compile's own numbers could differ in the two passes of `contrast`; a
+    layer that is compiled too often is not compiled at all, hence the limit. How it rounds depends
+    on the batch it is compiled at, so a run that was stopped does not go on to the same bits.
     """
+    torch._dynamo.config.cache_size_limit = 64
     for layer in decoder.layers:
         layer.compile(dynamic=True, options={"fallback_random": True})
 
@@ -784,9 +805,10 @@ def run_stage(args: argparse.Namespace) -> None:
     try:
         STAGES[args.command](model, data, settings, Path(args.output))
     except RuntimeError as error:
-        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        if not args.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
-        raise ValueError(f"--compile: {str(error).splitlines()[0]}") from None  # no C++ compiler
+        reason = " ".join(str(error).partition("\n\n")[0].splitlines())  # no C++ compiler
+        raise ValueError(f"--compile: {reason}") from error
     say(f"The adapter is in {args.output}")
     if args.command != "mntp" and RANK == 0:
         if args.quantize:

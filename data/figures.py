@@ -20,7 +20,7 @@ SHADES = " ·░▒▓█"
 
 @torch.no_grad()
 def layer_cosines(
-    encoder: LLM2Vec, texts: Sequence[str], positions: int = 32, max_tokens: int = 4096
+    encoder: LLM2Vec, texts: Sequence[str], positions: int = 32, max_tokens: int = 1024
 ) -> np.ndarray:
     """How alike the hidden states of causal and bidirectional attention are, before any training.
 

@@ -14,18 +14,20 @@
 The last is for a GPU, and has random weights.
 
 Each contender runs in a process of its own, on the same weights, texts and threads; they take
-turns, round by round, after a round of warm-up. Printed are medians of seconds, the ratio to this
-project's, the process's peak memory (on a GPU, the peak that torch allocated), and the share of the
-machine's own peak, measured with a large matrix product, that the useful floating-point operations
-come to: those of the text's own tokens, without padding and recomputation; and, for the encoding
-tasks, how near the vectors in bfloat16 are to those in float32.
+turns, round by round, after a round of warm-up (on a GPU, one after another: two 7B models may not
+fit). Printed are the median of seconds and their range, the ratio of medians to this project's,
+texts (or blocks) and tokens a second, the process's peak memory (on a GPU, the peak that torch
+allocated), and the share of the machine's own peak, measured with a large matrix product of that
+type, that the useful floating-point operations come to: those of the text's own tokens through the
+frozen weights, without padding, recomputation and adapters; and, for the encoding tasks, how near
+the vectors in bfloat16 are to those in float32.
 
 Contenders: `ours`; beside float32, `bfloat16`, which is this project in that type; with --compile,
-`compiled`, which is this project with its layers compiled by torch; `reference`,
-which is sentence-transformers for encoding and transformers with PEFT for training; and `llm2vec`,
-the authors' package (0.2.3, with transformers 4.44.2), in the Python of another environment,
---llm2vec PYTHON. A named shape (mistral-7b, llama-3-8b, smollm2-135m, tiny) has random weights and
-is for `ours` alone.
+`compiled`, which is this project with its layers compiled by torch; `reference`, which is
+sentence-transformers for encoding and transformers with PEFT for training; and, with --llm2vec
+PYTHON, the authors' package, in another environment's Python, where `pip install llm2vec==0.2.3`
+was run (it brings transformers 4.44.2). A named shape (mistral-7b, llama-3-8b, smollm2-135m, tiny)
+has random weights and is for `ours` alone; so is the supervised step.
 """
 
 import argparse
@@ -45,7 +47,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 ENCODING = ("stsb", "wikipedia", "long")
 BLOCKS = {"mntp": (8, 128), "mntp-paper": (32, 512)}
-SENTENCES = {"simcse": 32, "simcse-512": 512, "simcse-paper": 128}
+SENTENCES = {"simcse": 32, "simcse-512": 512, "simcse-paper": 128, "supervised-paper": 512}
 SHAPES = {  # vocabulary, width, feed-forward, layers, heads, key/value heads
     "mistral-7b": (32000, 4096, 14336, 32, 32, 8),
     "llama-3-8b": (128256, 4096, 14336, 32, 32, 8),
@@ -61,6 +63,7 @@ TASKS = {
     "long": "encode 64 texts of 512 tokens",
     "mntp-paper": "MNTP step of the paper, 32 x 512",
     "simcse-paper": "SimCSE step of the paper, batch of 128",
+    "supervised-paper": "supervised step of the paper, batch of 512",
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -74,7 +77,11 @@ def texts_of(task: str) -> list[str]:
         sides = dict.fromkeys(text for line in lines for text in line.split("\t")[1:3])
         return list(sides)[:1000]
     with (ROOT / "data/wikipedia.jsonl").open(encoding="utf-8") as file:
-        documents = [json.loads(line)["text"] for line in file][::9]
+        documents = [json.loads(line)["text"] for line in file]
+    if task == "supervised-paper":  # queries, their answers, and hard negatives
+        queries = [document.partition(". ")[0] for document in documents[:512]]
+        return queries + documents[:512] + documents[512:1024]
+    documents = documents[::9]
     if task == "wikipedia":
         return documents[:100]
     if task == "long":
@@ -101,6 +108,8 @@ def useful_flops(task: str, lengths: list[int], config: dict) -> float:
         return projection + attention
     # Backward through frozen weights: the gradient of their inputs alone; attention has two inputs.
     step = 2 * projection + 3 * attention
+    if task == "supervised-paper":
+        return step
     if task in BLOCKS:
         return step + 2 * 2 * config["vocab_size"] * d * config["mask_rate"] * sum(lengths)
     return 2 * step  # two views
@@ -150,8 +159,13 @@ def ours(
     decoder.train()
     parameters = add_lora(decoder, dropout=0.05)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    big = model in SHAPES and SHAPES[model][1] > 2000
-    decoder.recompute = big
+    supervised, simcse_too = task == "supervised-paper", task.startswith("simcse")
+    count, length = BLOCKS.get(task, (len(texts), 512 if supervised else 128))
+    dropout = decoder.config.attention_dropout = 0.3 * simcse_too
+    settings = train.Settings(
+        length, count, 1, 1e-4, max_tokens=max_tokens, attention_dropout=dropout
+    )
+    room = train.tokens_kept(decoder, settings, 1 + simcse_too)
 
     def update() -> None:
         optimizer.step()
@@ -164,20 +178,26 @@ def ours(
             masked, chosen = llm2vec.mask_tokens(
                 batch, 0, decoder.config.vocab_size, *masking(model)
             )
-            total, n = int(chosen.sum()), max(1, max_tokens // batch.shape[1])
+            total, n = int(chosen.sum()), max(1, max_tokens // length)
+            decoder.recompute = min(n, count) * length > room
             for part in zip(*(t.split(n) for t in (masked, batch, chosen)), strict=True):
                 llm2vec.mntp_loss(decoder, *part, total=total).backward()
             update()
 
         return mntp
-    decoder.config.attention_dropout = 0.3
-    rows = 2 * llm2vec.tokenize(encoder.tokenizer, texts, 128)
+    views = llm2vec.tokenize(encoder.tokenizer, texts, length) * (1 + simcse_too)
 
-    def simcse() -> None:
-        train.contrast(encoder, rows, lambda v: llm2vec.contrastive_loss(*v.chunk(2)), max_tokens)
+    def contrastive() -> None:
+        train.contrast(
+            encoder,
+            views,
+            lambda v: llm2vec.contrastive_loss(*v.chunk(3 if supervised else 2)),
+            max_tokens,
+            room,
+        )
         update()
 
-    return simcse
+    return contrastive
 
 
 def blocks_of(task: str, encodings: list) -> Tensor:
@@ -365,7 +385,7 @@ def work(kind: str, task: str, model: str, dtype: str, max_tokens: int) -> None:
 
 
 class Worker:
-    """A contender's process, warmed up by one round; 512 sentences in parts need none."""
+    """A contender's process, warmed up by one round; on a CPU 512 sentences in parts need none."""
 
     def __init__(self, kind: str, python: str, task: str, args: argparse.Namespace):
         command = [python, __file__, "--worker", kind, "--model", args.model, "--dtype", args.dtype]
@@ -375,7 +395,7 @@ class Worker:
         self.process = subprocess.Popen([*command, "--tasks", task], stderr=self.log, **pipes)
         if self.process.stdout.readline() != "ready\n":
             self.fail()
-        if task != "simcse-512":
+        if task != "simcse-512" or DEVICE == "cuda":
             self.round()
 
     def round(self) -> dict[str, float]:
@@ -398,50 +418,73 @@ class Worker:
 def compete(task: str, contenders: dict[str, str], args: argparse.Namespace) -> dict[str, dict]:
     """Medians of rounds taken in turns; a contender that fails is named and left out.
 
-    A SimCSE step may take most of the machine's memory, so there a process lives for one round.
+    A SimCSE step may take most of the machine's memory, so there a process lives for one turn.
     """
     rounds: dict[str, list[dict]] = {kind: [] for kind in contenders}
     workers: dict[str, Worker] = {}
-    for _ in range(args.rounds):
-        for kind in list(rounds):
-            try:
-                worker = workers.pop(kind, None) or Worker(kind, contenders[kind], task, args)
-                rounds[kind].append(worker.round())
-            except ChildProcessError as error:
-                print(f"{task}: {kind} failed: {error}", flush=True)
-                rounds.pop(kind)
-                continue
-            if task.startswith("simcse"):
-                worker.stop()
-            else:
-                workers[kind] = worker
+    turns = list(contenders) * args.rounds
+    if DEVICE == "cuda":
+        turns.sort(key=list(contenders).index)
+    for turn, kind in enumerate(turns):
+        if kind not in rounds:
+            continue
+        try:
+            worker = workers.pop(kind, None) or Worker(kind, contenders[kind], task, args)
+            rounds[kind].append(worker.round())
+        except ChildProcessError as error:
+            print(f"{task}: {kind} failed: {error}", flush=True)
+            rounds.pop(kind)
+            continue
+        crowded = DEVICE == "cuda" or task.startswith("simcse")
+        if crowded and turns[turn + 1 : turn + 2] != [kind]:
+            worker.stop()
+        else:
+            workers[kind] = worker
     for worker in workers.values():
         worker.stop()
-    return {
-        kind: {key: statistics.median(r[key] for r in found) for key in ("seconds", "peak")}
-        for kind, found in rounds.items()
-    }
+    results = {}
+    for kind, found in rounds.items():
+        seconds = [r["seconds"] for r in found]
+        results[kind] = {
+            "seconds": statistics.median(seconds),
+            "peak": max(r["peak"] for r in found),
+        }
+        results[kind] |= {"least": min(seconds), "most": max(seconds)}
+    return results
 
 
-def agreement(task: str, model: str) -> str:
+def agreement(task: str, model: str, kind: str) -> str:
     """Cosines of the vectors in bfloat16 with those in float32."""
     from llm2vec import LLM2Vec
 
-    exact, rounded = (
-        torch.from_numpy(LLM2Vec.from_pretrained(model, dtype=dtype).encode(texts_of(task)))
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    cosines = torch.cosine_similarity(exact, rounded)
+    types, texts = (torch.float32, torch.bfloat16), texts_of(task)
+    if kind == "ours":
+        encoders = (LLM2Vec.from_pretrained(model, dtype=dtype) for dtype in types)
+        exact, rounded = (torch.from_numpy(encoder.encode(texts)) for encoder in encoders)
+    else:
+        from sentence_transformers import SentenceTransformer
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "encoder"
+            LLM2Vec.from_pretrained(model, dtype=torch.float32).save(folder)
+            exact, rounded = (
+                SentenceTransformer(
+                    str(folder), device=DEVICE, model_kwargs={"dtype": dtype}
+                ).encode(texts, convert_to_tensor=True)
+                for dtype in types
+            )
+    cosines = torch.cosine_similarity(exact.float(), rounded.float())
     above = (cosines > 0.999).float().mean()
     text = f"median {cosines.median():.5f}, mean {cosines.mean():.5f}, smallest {cosines.min():.3f}"
-    return f"{TASKS[task]}, cosines of bfloat16 with float32: {text}, above 0.999: {above:.1%}"
+    what = f"{TASKS[task]}, {kind}, cosines of bfloat16 with float32"
+    return f"{what}: {text}, above 0.999: {above:.1%}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "data/tiny-llama"), help="folder or shape")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    default = [task for task in TASKS if task not in ("long", "mntp-paper", "simcse-paper")]
+    default = [task for task in TASKS if task != "long" and "paper" not in task]
     parser.add_argument("--tasks", nargs="+", default=default, choices=TASKS)
     parser.add_argument("--rounds", type=int, default=5)
     text = "of this project, in one forward pass; MNTP and SimCSE go in parts where they take more"
@@ -475,31 +518,42 @@ def main() -> None:
         if args.llm2vec:
             contenders["llm2vec"] = args.llm2vec
     config["mask_rate"], _ = masking(args.model)
-    peak = matrix_peak(getattr(torch, args.dtype))
-    print(
-        f"{args.model}, {args.dtype}, {DEVICE}, {torch.get_num_threads()} threads, torch", end=" "
-    )
-    print(f"{torch.__version__}; matrix peak {peak / 1e9:,.0f} GFLOP/s; {args.rounds} rounds\n")
-    print("| task | contender | seconds | times ours | tokens/s | share of peak | peak MiB |")
-    print("| --- | --- | --: | --: | --: | --: | --: |", flush=True)
+    types = {kind: "bfloat16" if kind == "bfloat16" else args.dtype for kind in contenders}
+    peaks = {name: matrix_peak(getattr(torch, name)) for name in dict.fromkeys(types.values())}
+    print(f"{args.model}, {DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__};")
+    shown = (f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items())
+    print(f"matrix peak: {', '.join(shown)}; {args.rounds} rounds\n")
+    columns = ["task", "contender", "seconds", "range", "times ours", "texts/s", "tokens/s"]
+    print(f"| {' | '.join([*columns, 'share of peak', 'peak MiB'])} |")
+    print("| --- | --- " + "| --: " * 7 + "|", flush=True)
     for task in args.tasks:
         lengths = [min(512, len(e.ids)) for e in tokenizer.encode_batch(texts_of(task))]
         if task in BLOCKS:
             count, length = BLOCKS[task]
             lengths = [length] * count
         flops = useful_flops(task, lengths, config)
-        tokens = sum(lengths) * (2 if task.startswith("simcse") else 1)
-        results = compete(task, contenders, args)
+        own = {k: v for k, v in contenders.items() if k not in ("reference", "llm2vec")}
+        results = compete(task, own if task == "supervised-paper" else contenders, args)
         for kind, result in results.items():
             seconds = result["seconds"]
-            ratio = seconds / results["ours"]["seconds"] if "ours" in results else float("nan")
-            row = (
-                f"| {TASKS[task]} | {kind} | {seconds:.2f} | {ratio:.2f} | {tokens / seconds:,.0f} "
-            )
-            print(f"{row}| {flops / seconds / peak:.0%} | {result['peak']:,.0f} |", flush=True)
+            views = 2 if task.startswith("simcse") else 1
+            cells = [
+                TASKS[task],
+                kind,
+                f"{seconds:.2f}",
+                f"{result['least']:.2f} to {result['most']:.2f}",
+                f"{seconds / results['ours']['seconds']:.2f}" if "ours" in results else "",
+                f"{len(lengths) / seconds:,.1f}",
+                f"{views * sum(lengths) / seconds:,.0f}",
+                f"{flops / seconds / peaks[types[kind]]:.0%}",
+                f"{result['peak']:,.0f}",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
     for task in args.tasks:
         if task in ENCODING and "bfloat16" in contenders and args.model not in SHAPES:
-            print(agreement(task, args.model), flush=True)
+            for kind in ("ours", "reference"):
+                if kind in contenders:
+                    print(agreement(task, args.model, kind), flush=True)
 
 
 if __name__ == "__main__":

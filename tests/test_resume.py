@@ -214,7 +214,9 @@ while killed < 20 and trial < 100:
     child = start(stage, folder)
     time.sleep(draw.uniform(0.05, 0.95) * took[stage])
     os.kill(child, signal.SIGKILL)
-    if os.waitpid(child, 0)[1] != signal.SIGKILL:  # it was done: a busy machine has become idle
+    status = os.waitpid(child, 0)[1]
+    if status != signal.SIGKILL:  # it was done: a busy machine has become idle
+        assert status == 0
         took[stage] *= 0.8
         continue
     killed += 1

@@ -109,7 +109,7 @@ def test_queries_choose_among_all_positives_and_hard_negatives(max_tokens, tmp_p
     step = {}
 
     def once(model, datasets, backward, settings, folder, texts):
-        step["loss"], step["tokens"] = backward(datasets[0])
+        step["loss"], step["tokens"] = backward(datasets[0], 8192)
 
     monkeypatch.setattr(train, "fit", once)
     settings = replace(SETTINGS["supervised"]["tiny"], max_tokens=max_tokens)
