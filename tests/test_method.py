@@ -232,7 +232,7 @@ def test_batches_are_of_like_length_and_within_their_budget():
         for batch in batches:
             longest = max(lengths[i] for i in batch)
             assert len(batch) == 1 or len(batch) * longest <= max_tokens
-            small = len(batch) * longest <= 512
+            small = len(batch) * longest <= 256
             assert small or all(8 * lengths[i] >= 7 * longest for i in batch)
     padded = sum(len(b) * lengths[b[0]] for b in batches_by_length(lengths, 8192))
     assert padded < 1.1 * sum(lengths)
