@@ -291,7 +291,7 @@ def attend(
 
     On a GPU, and for long texts, by torch's kernel, which holds no T x T matrix (but on a CPU with
     dropout). For short texts on a CPU the formula as it stands is faster, several times so in the
-    backward pass.
+    backward pass. The mask is that of `attention_mask`, or a `Packed` (see `end_to_end`).
     """
     B, H, T, D = q.shape
     group = H // k.shape[1]  # query heads that share a key/value head
@@ -401,7 +401,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, d)
         cos, sin = rotary_table(self.config, T, x.device, x.dtype)
         packed = end_to_end(self, mask, segments)
-        if packed is not None:  # on a GPU the layers may see no padding
+        if packed is not None:  # on a GPU, `encode` shows the layers no padding
             mask, text = packed, segments > 0
             cos, sin = (table.expand(B, T, -1)[text] for table in (cos, sin))
             x = x[text][None]  # (1, tokens, d)

@@ -193,8 +193,8 @@ def test_layers_are_computed_twice_where_memory_is_short(
     """In passes that are too large, and in no other; a part of SimCSE's batch is far from it."""
     made, decided = [], []
     settings = replace(QUICK[stage], max_tokens=128)
-    bits = train_module.kept_bytes(LLM2Vec.from_pretrained(TINY).decoder, settings, 128)
-    for free in (10**12, int(1.8 * 1.01 * bits), 10**6):
+    size = train_module.kept_bytes(LLM2Vec.from_pretrained(TINY).decoder, settings, 128)
+    for free in (10**12, int(1.8 * 1.01 * size), 10**6):
         monkeypatch.setattr(train_module, "free_memory", lambda _, free=free: free)
         model = LLM2Vec.from_pretrained(TINY)
         twice = set()
