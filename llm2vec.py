@@ -27,7 +27,6 @@ Shapes: B batch, T tokens, d width, H heads, K key/value heads, D head width, V 
 import argparse
 import contextlib
 import datetime
-import functools
 import itertools
 import json
 import math
@@ -40,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -246,9 +245,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(self.weight.dtype)
+        weight = self.weight
+        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(weight.dtype)
 
 
 def rotary_table(config: Config, T: int, device: torch.device, dtype: torch.dtype):
@@ -280,26 +278,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-# cuDNN's attention plans anew for each shape, for longer than it then saves, and batches differ.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Packed | None", dropout: float
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for every head: (B, H, T, D), of k and v (B, K, T, D).
 
     On a GPU, and for long texts, by torch's kernel, which holds no T x T matrix (but on a CPU with
     dropout). For short texts on a CPU the formula as it stands is faster, several times so in the
-    backward pass. The mask is that of `attention_mask`, or a `Packed` (see `end_to_end`).
+    backward pass. The mask is that of `attention_mask`.
     """
     B, H, T, D = q.shape
     group = H // k.shape[1]  # query heads that share a key/value head
-    if q.device.type != "cpu" or T > 128 or isinstance(mask, Packed):
+    if q.device.type != "cpu" or T > 128:
         # Repeating the heads costs little; not every kernel of every torch would do it by itself.
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        if isinstance(mask, Packed):
-            return mask.attend(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     q = q.reshape(B, -1, group * T, D)  # rows of one key/value head: its queries, head by head
     scores = (q * D**-0.5) @ k.transpose(2, 3)
@@ -326,9 +316,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
         self.rotary = config.no_rope_layers is None or bool(config.no_rope_layers[layer])
 
-    def forward(
-        self, x: Tensor, mask: "Tensor | Packed | None", cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
         D, c = self.config.head_dim, self.config
         q = self.q_proj(x).view(B, T, c.num_attention_heads, D).transpose(1, 2)  # (B, H, T, D)
@@ -365,9 +353,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, mask: "Tensor | Packed | None", cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -387,34 +373,29 @@ class Decoder(nn.Module):
         self.lm_head = None  # tied to the embedding
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.recompute = False  # True: keep one tensor a layer, compute the rest again in backward
+        # Of so many layers, the first ones, training keeps the input alone and computes the rest
+        # again in the backward pass: less memory for a third more time.
+        self.recompute = 0
 
     def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, (B, T, d), of input_ids (B, T).
 
         segments (B, T): see `attention_mask`; None means that every row is one text, unpadded.
         """
-        B, T = input_ids.shape
-        if segments is None:
-            segments = input_ids.new_ones(1, T)
+        T = input_ids.shape[1]
+        one_text = segments is None  # known without asking a GPU, which would have to be waited for
+        segments = torch.ones(1, T) if one_text else segments
         mask = attention_mask(segments, self.config.is_causal, self.config.sliding_window)
+        mask = None if mask is None else mask.to(input_ids.device)
         x = self.embed_tokens(input_ids)  # (B, T, d)
         cos, sin = rotary_table(self.config, T, x.device, x.dtype)
-        packed = end_to_end(self, mask, segments)
-        if packed is not None:  # on a GPU, `encode` shows the layers no padding
-            mask, text = packed, segments > 0
-            cos, sin = (table.expand(B, T, -1)[text] for table in (cos, sin))
-            x = x[text][None]  # (1, tokens, d)
         x = x.float()
-        for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
+        for i, layer in enumerate(self.layers):
+            if i < self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, mask, cos, sin, use_reentrant=False)
             else:
                 x = layer(x, mask, cos, sin)
-        x = self.norm(x)
-        if packed is not None:
-            x = x.new_zeros(B, T, x.shape[-1]).index_put((text,), x[0])
-        return x
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, (..., V), of hidden states (..., d)."""
@@ -422,6 +403,10 @@ class Decoder(nn.Module):
             raise ValueError("this checkpoint has no lm_head.weight: it can encode, not predict")
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
 
     @property
     def can_predict(self) -> bool:
@@ -541,6 +526,19 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if Path(name).name != name:  # a path could name any file of the machine
             raise ValueError(f"{index}: {name!r} is not the name of a file in this folder")
     return [inside(folder, name, f"{index.name} lists it") for name in names], weight_map
+
+
+def compile_layers(decoder: Decoder) -> None:
+    """Have torch.compile fuse what each layer does between its matrix products.
+
+    Lengths are variables of the compiled code: batches differ in them. Dropout draws what it draws
+    uncompiled, because torch.compile's own numbers could differ in the two passes of GradCache; a
+    layer that is compiled too often is not compiled at all, hence the limit. How it rounds depends
+    on the batch it is compiled at, so a run that was stopped does not go on to the same bits.
+    """
+    torch._dynamo.config.cache_size_limit = 64
+    for layer in decoder.layers:
+        layer.compile(dynamic=True, options={"fallback_random": True})
 
 
 # --- Text to tokens ----------------------------------------------------------------------------
@@ -736,7 +734,7 @@ def mask_tokens(
     return torch.where(swapped, noise, hidden), chosen
 
 
-CHUNK = 1024  # states whose logits are in memory at once
+CHUNK = 2**25  # logits that are in memory at once
 
 
 def mntp_loss(
@@ -750,8 +748,8 @@ def mntp_loss(
     """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.1).
 
     All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only states in front of
-    chosen tokens go through the vocabulary projection, and of these no more at a time than CHUNK;
-    if there are more, the backward pass computes their logits again. `total` divides the sum
+    chosen tokens go through the vocabulary projection, as many at a time as make CHUNK logits; if
+    there are more, the backward pass computes their logits again. `total` divides the sum
     instead of their number: the number in the whole batch, when this is a part of it.
     """
     hidden = decoder(masked_ids, segments)[:, :-1]  # state i - 1 ...
@@ -760,7 +758,8 @@ def mntp_loss(
     def loss_of(hidden: Tensor, token: Tensor) -> Tensor:
         return F.cross_entropy(decoder.logits(hidden).float(), token, reduction="sum")
 
-    states, tokens = hidden[target].split(CHUNK), input_ids[:, 1:][target].split(CHUNK)
+    n = max(1, CHUNK // decoder.config.vocab_size)
+    states, tokens = hidden[target].split(n), input_ids[:, 1:][target].split(n)
     if len(states) == 1:
         loss = loss_of(states[0], tokens[0])
     else:
@@ -795,6 +794,31 @@ def contrastive_loss(
 MTEB = {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "show_progress_bar"}
 
 
+def default_device() -> str:
+    """cuda, else mps (Apple's GPUs, on which this was never tried), else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16; where it does not, float32 is faster.
+
+    NVIDIA's GPUs do from Ampere on (not T4 and V100, of which standard error then says so), CPUs
+    with AVX512-BF16 or AMX. Of Apple's it is not known here, so they count as if they did not.
+    """
+    if device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch 2.6 and later
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    if device.type != "cuda":
+        return False
+    able = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not able:
+        name = torch.cuda.get_device_name(device)
+        print(f"{name} has no bfloat16: computing in float32", file=sys.stderr)
+    return able
+
+
 class LLM2Vec:
     """A decoder, its tokenizer and a pooling rule: texts in, vectors out."""
 
@@ -824,13 +848,14 @@ class LLM2Vec:
     ) -> "LLM2Vec":
         """Load a checkpoint folder and merge adapter folders into it, in the order given.
 
-        template is the name of an instruct model's chat template, see TEMPLATES. dtype and device
-        default to bfloat16 on a GPU, else float32 on the CPU.
+        template is the name of an instruct model's chat template, see TEMPLATES. device defaults to
+        the first of cuda, mps and cpu that is there, dtype to
+        bfloat16 on a GPU that has it, else float32.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device or default_device())
         if dtype is None:
-            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+            fast = device.type != "cpu" and has_bfloat16(device)
+            dtype = torch.bfloat16 if fast else torch.float32
         Config.from_pretrained(folder)  # complain of it and the tokenizer before reading weights
         tokenizer = load_tokenizer(folder, template)
         decoder = Decoder.from_pretrained(folder, dtype, device)
@@ -844,10 +869,12 @@ class LLM2Vec:
 
     def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
         """Vectors, (B, d) float32, of rows that `tokenize` made, as one padded batch."""
-        device = self.decoder.embed_tokens.weight.device
+        device = self.decoder.device
         input_ids = pad([ids for ids, _ in rows], device)
         own = pad([own for _, own in rows], device)
-        segments = pad([[1] * len(ids) for ids, _ in rows], device)
+        segments = None
+        if len({len(ids) for ids, _ in rows}) > 1:
+            segments = pad([[1] * len(ids) for ids, _ in rows], device)
         return pool(self.decoder(input_ids, segments), self.pooling, own)
 
     def encode(
@@ -880,7 +907,9 @@ class LLM2Vec:
         self.decoder.train(False)
         vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
         done = 0
-        for batch in batches_by_length([len(ids) for ids, _ in rows], max_tokens):
+        for batch in batches_by_length(
+            [len(ids) for ids, _ in rows], max_tokens, self.decoder.device
+        ):
             vectors[batch] = self.embed([rows[i] for i in batch]).cpu().numpy()
             done += len(batch)
             if progress:
@@ -925,86 +954,24 @@ class LLM2Vec:
             save_weights(named, new)
 
 
-def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def batches_by_length(
+    lengths: Sequence[int], max_tokens: int, device: str | torch.device = "cpu"
+) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first, each of at most max_tokens with padding.
 
     What is longer than that is a batch by itself. A text shorter than 7/8 of the longest starts a
-    new batch, if this one has 256 tokens: smaller ones save less padding than they cost in speed.
+    new batch, if this one has 256 tokens, on a GPU 1,024: smaller ones save less padding than they
+    cost in speed.
     """
+    least = 256 if torch.device(device).type == "cpu" else 1024
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         longest = lengths[order[0]]
         most = max(1, max_tokens // longest)
         alike = sum(8 * lengths[i] >= 7 * longest for i in order[:most])
-        n = max(alike, min(most, 256 // longest))
+        n = max(alike, min(most, least // longest))
         yield order[:n]
         order = order[n:]
-
-
-# --- Texts end to end --------------------------------------------------------------------------
-# Padding costs as much as text, and a mask rules out the fastest kernels. A GPU may have one that
-# takes texts end to end in one row and is told where each ends: then `encode` computes no padding.
-
-
-class Packed(NamedTuple):
-    """In place of a mask: texts in one row, each of which sees itself, whole."""
-
-    kernel: Callable  # see `varlen_kernel`
-    ends: Tensor  # (texts + 1,) int32: where each text begins, and where the last one ends
-    longest: int  # tokens
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend` of (1, H, T, D), with as many heads of k and v as of q."""
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, D)
-        y = self.kernel(q, k, v, self.ends, self.ends, self.longest, self.longest)
-        return y.transpose(0, 1)[None]
-
-
-def end_to_end(decoder: Decoder, mask: Tensor | None, segments: Tensor) -> Packed | None:
-    """How the texts of a padded batch lie end to end, where there is a kernel for that.
-
-    Only in inference mode: training may drop attention, which the kernel can't. Only if the mask
-    keeps each row's one text and its padding apart, and does nothing else: that is all that the
-    kernel is told. Any other mask, yours for one, is computed as it stands. Layers and `attend` see
-    one row and a `Packed`, and padding's states are 0; an empty VARLEN turns it off.
-    """
-    weight, c = decoder.embed_tokens.weight, decoder.config
-    if mask is None or weight.device.type not in VARLEN or not torch.is_inference_mode_enabled():
-        return None
-    if ((segments != 0) & (segments != 1)).any():
-        return None
-    if not torch.equal(mask[:, 0], segments[:, :, None] == segments[:, None, :]):
-        return None
-    kernel = varlen_kernel(weight.device, weight.dtype, c.num_attention_heads, c.head_dim)
-    if kernel is None:
-        return None
-    lengths = segments.sum(dim=1)
-    ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return Packed(kernel, ends, int(lengths.max()))
-
-
-VARLEN = ("cuda",)  # types of devices that may have the kernel
-
-
-@functools.cache
-def varlen_kernel(device: torch.device, dtype: torch.dtype, H: int, D: int) -> Callable | None:
-    """torch's kernel, where it is there and gives two short texts what `attend` gives, to 0.02.
-
-    torch.nn.attention.varlen came with torch 2.10. It is FlashAttention (Dao 2023): for 16-bit
-    types, some head widths and some GPUs. It is tried instead of listing which.
-    """
-    ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
-    q, k, v = torch.arange(3 * 8 * H * D, device=device).sin().to(dtype).view(3, 1, 8, H, D)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        found = Packed(varlen_attn, ends, 5).attend(q, k, v)
-    except (ImportError, RuntimeError):
-        return None
-    texts = ([x[:, :, first:last] for x in (q, k, v)] for first, last in ((0, 3), (3, 8)))
-    expected = torch.cat([attend(*text, None, 0.0) for text in texts], dim=2)
-    return varlen_attn if torch.allclose(found, expected, rtol=0.0, atol=0.02) else None
 
 
 # --- Many processes ----------------------------------------------------------------------------
@@ -1256,6 +1223,23 @@ def read_record(line: bytes, source: str, number: int) -> dict:
     raise ValueError(f"{source}, line {number}: expected a JSON object with a string `text`")
 
 
+def add_device(command: argparse.ArgumentParser) -> None:
+    """The flags of everything that takes a model: where it computes, and whether compiled."""
+    text = "cuda, mps or cpu (default: the first of them that is there)"
+    command.add_argument("--device", choices=("cuda", "mps", "cpu"), metavar="NAME", help=text)
+    text = "fuse each layer by torch.compile: it takes minutes, and pays on a GPU"
+    command.add_argument("--compile", action="store_true", help=text)
+
+
+def load(args: argparse.Namespace) -> LLM2Vec:
+    model = LLM2Vec.from_pretrained(
+        args.model, args.adapters, device=args.device, template=args.template
+    )
+    if args.compile:
+        compile_layers(model.decoder)
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python llm2vec.py", description="Turn texts into vectors."
@@ -1272,15 +1256,16 @@ def main() -> None:
         command.add_argument("--adapters", nargs="*", default=[], help="folders to merge, in order")
         command.add_argument("--instruction", help="read in front of each text, not averaged")
         command.add_argument("--template", help=f"of an instruct model: {', '.join(TEMPLATES)}")
+        add_device(command)
     args = parser.parse_args()
     if args.command == "encode":
         if RANKS > 1 and args.input == "-":
             raise ValueError("--input - is for one process: give a file that each can read")
         with processes():  # each takes its GPU before it loads the model
-            model = LLM2Vec.from_pretrained(args.model, args.adapters, template=args.template)
+            model = load(args)
             encode_file(model, args.input, args.output, args.instruction)
         return
-    model = LLM2Vec.from_pretrained(args.model, args.adapters, template=args.template)
+    model = load(args)
     vectors = model.encode(args.texts, args.instruction)
     for row, text in zip(model.similarity(vectors, vectors), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
@@ -1291,9 +1276,12 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        said = str(error) or "out of memory"
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
-        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            said = "--compile: " + " ".join(said.partition("\n\n")[0].split())  # no C++ compiler
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

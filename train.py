@@ -28,6 +28,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+# Batches differ in length: memory in pieces that can be joined again loses less to gaps. Torch
+# reads this once, when it is imported.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -56,11 +60,14 @@ from llm2vec import (
     TEMPLATES,
     Decoder,
     LLM2Vec,
+    add_device,
     batches_by_length,
+    compile_layers,
     contrastive_loss,
+    default_device,
+    has_bfloat16,
     is_out_of_memory,
     mask_tokens,
-    memory_of,
     mntp_loss,
     processes,
     read_json,
@@ -69,6 +76,7 @@ from llm2vec import (
 )
 from lora import (
     add_lora,
+    compile_decoding,
     is_quantized,
     load_adapter,
     merge_lora,
@@ -98,6 +106,7 @@ class Settings:
     attention_dropout: float = 0.0  # on the attention weights: what makes SimCSE's views differ
     mask_rate: float | None = None  # share of tokens hidden; None: by model_type, see MASKING
     max_tokens: int = 8192  # in one forward pass, padding included; more are taken in parts
+    recompute: int = 0  # layers computed twice, to save memory
     save_every: int = 50  # steps between two saved states
     seed: int = 0
 
@@ -129,9 +138,8 @@ MASKING = dict.fromkeys(FAMILIES, (0.2, (0.8, 0.1))) | {"mistral": (0.8, (1.0, 0
 
 # --- The loop ----------------------------------------------------------------------------------
 
-# One optimiser step's gradients: takes a batch, and of how many tokens a pass may keep activations;
-# leaves gradients, returns the batch's loss and tokens.
-Backward = Callable[[list, int], tuple[float, int]]
+# One optimiser step's gradients: takes a batch, leaves gradients, returns its loss and tokens.
+Backward = Callable[[list], tuple[float, int]]
 
 
 def fit(
@@ -140,11 +148,10 @@ def fit(
     backward: Backward,
     settings: Settings,
     folder: Path,
-    texts: int = 1,
 ) -> None:
     """Train fresh adapters on a frozen model, write them to `folder`, and merge them.
 
-    A 4-bit model's stay unmerged. `texts`: how many, at most, an item of a batch is encoded as.
+    A 4-bit model's stay unmerged.
 
     AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. Everything
     random in a step follows from the seed and the step's number, so a run that was stopped goes on
@@ -168,7 +175,7 @@ def fit(
     torch.manual_seed(settings.seed)
     parameters = add_lora(decoder.train(), settings.rank, settings.alpha, settings.dropout)
     decoder.config.attention_dropout = settings.attention_dropout
-    room = tokens_kept(decoder, settings, texts)
+    decoder.recompute = min(settings.recompute, len(decoder.layers))
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     done = load_state(folder, parameters, optimizer)
 
@@ -178,10 +185,14 @@ def fit(
 
     with Log(folder / "log.jsonl", settings.steps, done) as log, stop_signals() as stop:
         for step in range(done, settings.steps):
-            torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
             batch = batch_at(step, datasets, settings.batch, settings.seed)
+
+            def gradients(step: int = step, batch: list = batch) -> tuple[float, int]:
+                torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
+                return backward(batch)
+
             try:
-                loss, tokens = backward(batch, room)
+                loss, tokens = within_memory(decoder, gradients)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -207,10 +218,36 @@ def fit(
                 say(f"\nstopped after step {step + 1}; the same command goes on from there")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
     decoder.config.attention_dropout = 0.0
-    decoder.recompute = False
+    decoder.recompute = 0
     decoder.train(False)
     on_rank_0_first(lambda: finish(decoder, folder) if RANK == 0 else None)
     merge(decoder)
+
+
+def within_memory(decoder: Decoder, gradients: Callable[[], tuple[float, int]]) -> tuple:
+    """What `gradients` returns, where need be after more layers are computed twice.
+
+    A GPU that is short of memory says so, and each time an eighth of the layers is added. All that
+    is random in a step follows from its number, so it comes to the bits of a run that began so.
+    """
+    layers, before = len(decoder.layers), decoder.recompute
+    while True:
+        try:
+            result = gradients()
+            break
+        except torch.OutOfMemoryError:
+            if RANKS > 1 or decoder.recompute >= layers:  # other processes would wait
+                raise
+        decoder.zero_grad()
+        torch.cuda.empty_cache()
+        decoder.recompute = min(layers, decoder.recompute + math.ceil(layers / 8))
+    if decoder.recompute > before:
+        n = decoder.recompute
+        say(
+            f"memory is short: from here on {n} of {layers} layers are computed twice, as with "
+            f"--recompute {n}"
+        )
+    return result
 
 
 def finish(decoder: Decoder, folder: Path) -> None:
@@ -254,70 +291,6 @@ def slots_of(datasets: Sequence[Sequence], size: int) -> list[tuple[int, int, in
         n = min(size, len(items))
         slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n)]
     return slots
-
-
-# A process grows by more than is kept: the C library's heap can't put a tensor of 64-byte alignment
-# where one of the same size was freed. Measured with glibc: 1.6 to 1.8 times. On a GPU, the loss's
-# logits, the libraries and torch's allocator want room beside it.
-HOLES, BESIDE = 1.8, 3 * 2**30
-
-
-def tokens_kept(decoder: Decoder, settings: Settings, texts: int) -> int:
-    """Of how many tokens a pass can keep its activations for the backward pass; says so.
-
-    A pass of more computes them again, layer by layer: the same bits, for half as much time again.
-    """
-    device = decoder.norm.weight.device
-    batch = math.ceil(texts * settings.batch / RANKS) * settings.length
-    tokens = max(settings.length, min(settings.max_tokens, batch))
-    needed, free = kept_bytes(decoder, settings, tokens), free_memory(device)
-    room = free / HOLES if device.type == "cpu" else max(0, free - BESIDE)
-    kept = int(room / needed * tokens)
-    fate = "they are kept"
-    if kept < tokens:
-        fate = f"passes of over {kept:,} tokens compute them again in the backward pass"
-    what = f"{needed / 2**30:.1f} GiB for {tokens:,} tokens, {room / 2**30:.1f} GiB can be had"
-    say(f"activations: {what}; {fate}")
-    return kept
-
-
-def kept_bytes(decoder: Decoder, settings: Settings, tokens: int) -> int:
-    """Bytes, about, that a forward pass over so many tokens keeps for the backward pass.
-
-    Frozen projections keep nothing. What does: norms their input in float32; adapters theirs, and
-    which of it dropout spared; attention its queries, keys, values and result, and with dropout, on
-    a CPU, three matrices of T x T for each head; SwiGLU three tensors of its width.
-    """
-    c, size = decoder.config, decoder.norm.weight.dtype.itemsize
-    d, m, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
-    norms = 2 * d * 4
-    adapters = (5 * d + heads + m) * (size + 1) if settings.dropout else (2 * d + heads + m) * size
-    attention = 4 * heads * size
-    if settings.attention_dropout and decoder.norm.weight.device.type == "cpu":
-        attention += 3 * c.num_attention_heads * settings.length * size
-    return tokens * c.num_hidden_layers * (norms + adapters + attention + 3 * m * size)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had now; on a CPU, as Linux and a container's limit allow.
-
-    Where nothing says, half of the machine's.
-    """
-    if device.type != "cpu":
-        return memory_of(device)
-    free = memory_of(device) // 2
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        free = 1024 * numbers_in("/proc/meminfo")["MemAvailable:"]
-    with contextlib.suppress(OSError, ValueError, KeyError):  # ValueError: "max", without a limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - numbers_in("/sys/fs/cgroup/memory.stat")["anon"])
-    return free
-
-
-def numbers_in(file: str) -> dict[str, int]:
-    """The first two words of each line, as Linux writes what it counts."""
-    rows = (line.split() for line in Path(file).read_text().splitlines())
-    return {name: int(number) for name, number, *_ in rows}
 
 
 # --- Many processes ----------------------------------------------------------------------------
@@ -371,7 +344,11 @@ def open_run(folder: Path, identity: dict) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
     before = read_json(file)
-    changes_nothing = ("max_tokens", "save_every")  # but memory, time and dropout's random numbers
+    changes_nothing = (
+        "max_tokens",
+        "recompute",
+        "save_every",
+    )  # but memory, time and dropout's random numbers
     for key in (key for key in identity if key not in changes_nothing):
         if before.get(key) != identity[key]:
             change = f"{key} was {before.get(key)!r} and is {identity[key]!r}"
@@ -511,7 +488,7 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
     mask_id, V = mask_id_of(model), model.decoder.config.vocab_size
     rate, fate = MASKING[model.decoder.config.model_type]
     rate = settings.mask_rate or rate
-    device = model.decoder.embed_tokens.weight.device
+    device = model.decoder.device
     added = model.tokenizer.get_added_tokens_decoder()
     special = torch.tensor([i for i, token in added.items() if token.special] or [-1])
 
@@ -522,14 +499,13 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
     rows = (e.ids for c in chunks for e in model.tokenizer.encode_batch([documents[i] for i in c]))
     blocks = cut_into_blocks(rows, settings.length, limit=settings.steps * settings.batch)
 
-    def backward(batch: list[Tensor], room: int) -> tuple[float, int]:
+    def backward(batch: list[Tensor]) -> tuple[float, int]:
         ids = torch.stack(batch)
         maskable = ~torch.isin(ids, special)
         masked, chosen = mask_tokens(ids, mask_id, V, rate, fate, maskable)
         total, loss = int(chosen.sum()), 0.0  # of all processes
         torch.manual_seed(torch.initial_seed() + 1 + RANK)  # for dropout
         n = max(1, settings.max_tokens // settings.length)
-        model.decoder.recompute = min(n, math.ceil(len(ids) / RANKS)) * settings.length > room
         parts = zip(*(t[RANK::RANKS].split(n) for t in (masked, ids, chosen)), strict=True)
         for part in parts:
             if not len(part[0]):  # more processes than blocks
@@ -557,21 +533,15 @@ def train_simcse(
     if len(texts) < 2:
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
 
-    def backward(batch: list[str], room: int) -> tuple[float, int]:
+    def backward(batch: list[str]) -> tuple[float, int]:
         rows = 2 * tokenize(model.tokenizer, batch, settings.length)  # dropout makes two views
-        return contrast(
-            model, rows, lambda v: contrastive_loss(*v.chunk(2)), settings.max_tokens, room
-        )
+        return contrast(model, rows, lambda v: contrastive_loss(*v.chunk(2)), settings.max_tokens)
 
-    fit(model, [texts], backward, settings, folder, texts=2)
+    fit(model, [texts], backward, settings, folder)
 
 
 def contrast(
-    model: LLM2Vec,
-    rows: Sequence,
-    loss_of: Callable[[Tensor], Tensor],
-    max_tokens: int,
-    room: float = math.inf,
+    model: LLM2Vec, rows: Sequence, loss_of: Callable[[Tensor], Tensor], max_tokens: int
 ) -> tuple[float, int]:
     """Gradients of a contrastive batch; this process's share of its loss, and its tokens.
 
@@ -579,17 +549,16 @@ def contrast(
     encoded together. A batch of more than max_tokens, or one that many processes share, still has
     all its candidates, with exact gradients (GradCache, Gao et al. 2021, arXiv 2101.06983): encode
     it in parts without keeping activations; take the loss's gradient with respect to the vectors;
-    encode each part again, with the same dropout, and pass its vectors' gradient on. `room`: of how
-    many tokens a pass may keep activations.
+    encode each part again, with the same dropout, and pass its vectors' gradient on.
     """
-    lengths = [len(ids) for ids, _ in rows]
+    lengths, device = [len(ids) for ids, _ in rows], model.decoder.device
     own = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::RANKS]
     parts = [
-        [own[i] for i in part] for part in batches_by_length([lengths[i] for i in own], max_tokens)
+        [own[i] for i in part]
+        for part in batches_by_length([lengths[i] for i in own], max_tokens, device)
     ]
     sizes = [len(part) * lengths[part[0]] for part in parts]
     in_one_graph = RANKS == 1 and sum(sizes) <= max_tokens
-    model.decoder.recompute = (sum(sizes) if in_one_graph else max(sizes, default=0)) > room
     seed = int(torch.randint(2**62, ()))
 
     def vectors_of(part: list[int]) -> Tensor:
@@ -601,9 +570,7 @@ def contrast(
         loss = loss_of(torch.cat([vectors_of(part) for part in parts])[order.argsort()])
         loss.backward()
         return loss.item(), sum(lengths)
-    vectors = torch.zeros(
-        len(rows), model.decoder.config.hidden_size, device=model.decoder.norm.weight.device
-    )
+    vectors = torch.zeros(len(rows), model.decoder.config.hidden_size, device=device)
     with torch.no_grad():
         for part in parts:
             vectors[part] = vectors_of(part)
@@ -628,7 +595,7 @@ def train_supervised(
     negative of the batch is a candidate for each of its queries (section 4 of the paper).
     """
 
-    def backward(batch: list[str], room: int) -> tuple[float, int]:
+    def backward(batch: list[str]) -> tuple[float, int]:
         pairs, rows = [json.loads(pair) for pair in batch], []
         for p in pairs:
             rows += tokenize(model.tokenizer, [p["query"]], settings.length, p["instruction"])
@@ -639,9 +606,9 @@ def train_supervised(
             query, positive = vectors[: 2 * len(pairs)].chunk(2)
             return contrastive_loss(query, positive, vectors[2 * len(pairs) :])
 
-        return contrast(model, rows, loss_of, settings.max_tokens, room)
+        return contrast(model, rows, loss_of, settings.max_tokens)
 
-    fit(model, datasets, backward, settings, folder, texts=3)  # with a hard negative
+    fit(model, datasets, backward, settings, folder)
 
 
 STAGES = {"mntp": train_mntp, "simcse": train_simcse, "supervised": train_supervised}
@@ -701,17 +668,16 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 # --- Commands ----------------------------------------------------------------------------------
 
 
-def fastest_type() -> torch.dtype:
-    """bfloat16 where the hardware multiplies it: on GPUs, and CPUs with AVX512-BF16 or AMX."""
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.is_file() else ""
-    able = torch.cuda.is_available() or "avx512_bf16" in flags or "amx_bf16" in flags
-    return torch.bfloat16 if able else torch.float32
-
-
 def load(args: argparse.Namespace, adapters: Sequence[str] = (), **how) -> LLM2Vec:
-    dtype = getattr(torch, args.dtype) if args.dtype else fastest_type()
-    return LLM2Vec.from_pretrained(args.model, adapters, dtype=dtype, template=args.template, **how)
+    device = torch.device(args.device or default_device())
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if dtype is None:
+        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+    how = {"dtype": dtype, "device": device, "template": args.template} | how
+    model = LLM2Vec.from_pretrained(args.model, adapters, **how)
+    if args.compile and not getattr(args, "quantize", None):
+        compile_layers(model.decoder)
+    return model
 
 
 def run_everything(args: argparse.Namespace) -> None:
@@ -771,19 +737,6 @@ def print_next(encoder: Path) -> None:
     print(f"  python llm2vec.py encode --model {encoder} --input texts.txt --output vectors.npy")
 
 
-def compile_layers(decoder: Decoder) -> None:
-    """Have torch.compile fuse what each layer does between its matrix products.
-
-    Lengths are variables of the compiled code: batches differ in them. Dropout draws what it draws
-    uncompiled, because torch.compile's own numbers could differ in the two passes of `contrast`; a
-    layer that is compiled too often is not compiled at all, hence the limit. How it rounds depends
-    on the batch it is compiled at, so a run that was stopped does not go on to the same bits.
-    """
-    torch._dynamo.config.cache_size_limit = 64
-    for layer in decoder.layers:
-        layer.compile(dynamic=True, options={"fallback_random": True})
-
-
 def run_stage(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if v is not None}
     settings = SETTINGS[args.command][args.preset]
@@ -797,18 +750,12 @@ def run_stage(args: argparse.Namespace) -> None:
         data, _ = split_documents(read_documents(args.corpus, args.errors))
     model = load(args, args.adapters, **({"device": "cpu"} if args.quantize else {}))
     if args.quantize:  # what does not fit on a GPU as it is, passes through the machine's memory
-        quantize_nf4(model.decoder, "cuda" if torch.cuda.is_available() else "cpu")
-    if args.compile:
-        compile_layers(model.decoder)
+        quantize_nf4(model.decoder, args.device or default_device())
+        if args.compile:  # of whole layers, torch would keep the decoded weights for backward
+            compile_decoding()
     if RANK == 0:
         clear(Path(args.output), args.overwrite)
-    try:
-        STAGES[args.command](model, data, settings, Path(args.output))
-    except RuntimeError as error:
-        if not args.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise
-        reason = " ".join(str(error).partition("\n\n")[0].splitlines())  # no C++ compiler
-        raise ValueError(f"--compile: {reason}") from error
+    STAGES[args.command](model, data, settings, Path(args.output))
     say(f"The adapter is in {args.output}")
     if args.command != "mntp" and RANK == 0:
         if args.quantize:
@@ -881,6 +828,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--template", choices=TEMPLATES, metavar="NAME", help=text)
         types = ("float32", "bfloat16")
         command.add_argument("--dtype", choices=types, help="(default: bfloat16 if in hardware)")
+        add_device(command)
 
     add = top.add_argument
     add_model(top, default=TINY)
@@ -933,8 +881,6 @@ def parser() -> argparse.ArgumentParser:
             add("--errors", default="strict", choices=("strict", "skip"), help=text)
         text = "keep the frozen weights in 4 bits while training (nf4): for a small GPU"
         add("--quantize", choices=("nf4",), help=text)
-        text = "fuse each layer by torch.compile: it takes minutes, and may pay on a GPU"
-        add("--compile", action="store_true", help=text)
         add("--output", required=True, help="run folder; a run that is there goes on")
         add("--overwrite", **again)
         add("--preset", default="paper", choices=SETTINGS[name], help="(default: %(default)s)")
@@ -946,6 +892,7 @@ def parser() -> argparse.ArgumentParser:
                 presets = [f"{preset}: {value}" for preset, value in values.items()]
                 flag, text = "--" + field.name.replace("_", "-"), FLAGS[field.name]
                 kind = positive if field.type is int else fraction
+                kind = whole if field.name == "recompute" else kind
                 add(flag, type=kind, metavar="N", help=f"{text} ({', '.join(presets)})")
     return top
 
@@ -966,6 +913,7 @@ FLAGS = {
     "rank": "of the adapters",
     "mask_rate": "share of tokens hidden; by default llama 0.2, mistral 0.8",
     "max_tokens": "in one forward pass: lower it to save memory",
+    "recompute": "layers computed twice to save memory; a GPU short of it raises this by itself",
 }
 
 
@@ -973,6 +921,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def whole(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def fraction(text: str) -> float:

@@ -169,9 +169,9 @@ def articles(
     named = [i for i, topic in enumerate(topics) if topic != "Uncategorized"]
     kinds, labels = np.unique([topics[i] for i in named], return_inverse=True)
     split = sum(i < len(held) for i in named)  # held-out articles come first
-    x = torch.from_numpy(vectors[named]).float()
-    y = torch.from_numpy(labels)
-    guess = linear_probe(x[split:], y[split:], x[:split], len(kinds))
+    x, y = torch.from_numpy(vectors[named]).float(), torch.from_numpy(labels)
+    far_x, far_y = x.to(encoder.decoder.device), y.to(encoder.decoder.device)
+    guess = linear_probe(far_x[split:], far_y[split:], far_x[:split], len(kinds)).cpu()
     scores["topics"] = float((guess == y[:split]).float().mean())
     scores["clusters"] = v_measure(labels, k_means(x, len(kinds)).numpy())
     return scores
@@ -187,7 +187,7 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
     x, x_test = (x - mean) / spread, (x_test - mean) / spread
 
     def train(x: Tensor, y: Tensor, weight: float) -> nn.Linear:
-        linear = nn.Linear(x.shape[1], classes)
+        linear = nn.Linear(x.shape[1], classes, device=x.device)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         search = torch.optim.LBFGS(
@@ -204,7 +204,7 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
         search.step(loss)
         return linear.requires_grad_(False)
 
-    dev = torch.arange(len(x)) % 5 == 0
+    dev = torch.arange(len(x), device=x.device) % 5 == 0
     weights = [1e-4, 1e-3, 1e-2, 1e-1]
     losses = [
         nn.functional.cross_entropy(train(x[~dev], y[~dev], weight)(x[dev]), y[dev]).item()
@@ -276,7 +276,7 @@ def word_states(
     predicts it; the first token of a row has none before, and gives its own.
     """
     decoder = encoder.decoder.train(False)
-    device = decoder.embed_tokens.weight.device
+    device = decoder.device
     encodings = encoder.tokenizer.encode_batch([" ".join(words) for words in sentences])
     firsts = np.cumsum([0] + [len(words) for words in sentences])
     at, before = (torch.zeros(int(firsts[-1]), decoder.config.hidden_size) for _ in range(2))
@@ -311,12 +311,14 @@ def words(
     sides = read_columns(train), read_columns(test)
     kinds = sorted({label for side in sides for _, labels in side for label in labels})
     number = {kind: i for i, kind in enumerate(kinds)}
-    y = torch.tensor([number[label] for _, labels in sides[0] for label in labels])
+    y = [number[label] for _, labels in sides[0] for label in labels]
+    y = torch.tensor(y, device=encoder.decoder.device)
     gold = [labels for _, labels in sides[1]]
     name = name or Path(test).stem
     scores = {}
     states = [word_states(encoder, [words for words, _ in side]) for side in sides]
-    for place, x, x_test in zip((name, f"{name}, i-1"), *states, strict=True):
+    for place, *x in zip((name, f"{name}, i-1"), *states, strict=True):
+        x, x_test = (side.to(y.device) for side in x)
         guess = iter(kinds[i] for i in linear_probe(x, y, x_test, len(kinds)).tolist())
         said = [[next(guess) for _ in labels] for labels in gold]
         if any(kind.startswith(("B-", "I-")) for kind in kinds):
@@ -342,7 +344,7 @@ def masked_accuracy(
     generator = torch.Generator().manual_seed(seed)
     V = decoder.config.vocab_size
     masked, chosen = mask_tokens(blocks, mask_id, V, rate, (1.0, 0.0), generator=generator)
-    right, device = 0, decoder.embed_tokens.weight.device
+    right, device = 0, decoder.device
     for ids, answer, target in zip(
         masked.split(16), blocks.split(16), chosen[:, 1:].split(16), strict=True
     ):
@@ -372,7 +374,7 @@ class InputEmbeddings(LLM2Vec):
     """The mean of the tokens' input embeddings: what is known without reading."""
 
     def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        device = self.decoder.embed_tokens.weight.device
+        device = self.decoder.device
         ids, own = pad([ids for ids, _ in rows], device), pad([own for _, own in rows], device)
         return pool(self.decoder.embed_tokens(ids), "mean", own)
 

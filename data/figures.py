@@ -30,7 +30,7 @@ def layer_cosines(
     nowhere else. The direction of the model's attention is left as it was.
     """
     decoder = encoder.decoder.train(False)
-    device = decoder.embed_tokens.weight.device
+    device = decoder.device
     seen: list[torch.Tensor] = []  # the states after each layer, of one pass
     hooks = [layer.register_forward_hook(lambda *a: seen.append(a[2])) for layer in decoder.layers]
     rows = [ids for ids, _ in tokenize(encoder.tokenizer, texts, positions)]
