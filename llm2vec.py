@@ -49,6 +49,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 # --- Config ------------------------------------------------------------------------------------
@@ -278,6 +279,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
+# cuDNN's attention plans anew for each shape, for a third of a second, and batches differ in shape.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for every head: (B, H, T, D), of k and v (B, K, T, D).
 
@@ -290,7 +295,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     if q.device.type != "cpu" or T > 128:
         # Repeating the heads costs little; not every kernel of every torch would do it by itself.
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        with sdpa_kernel(KERNELS):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     q = q.reshape(B, -1, group * T, D)  # rows of one key/value head: its queries, head by head
     scores = (q * D**-0.5) @ k.transpose(2, 3)
     if mask is not None:
@@ -960,10 +966,10 @@ def batches_by_length(
     """Indices in batches of like length, longest first, each of at most max_tokens with padding.
 
     What is longer than that is a batch by itself. A text shorter than 7/8 of the longest starts a
-    new batch, if this one has 256 tokens, on a GPU 1,024: smaller ones save less padding than they
+    new batch, if this one has 256 tokens, on a GPU 2,048: smaller ones save less padding than they
     cost in speed.
     """
-    least = 256 if torch.device(device).type == "cpu" else 1024
+    least = 256 if torch.device(device).type == "cpu" else 2048
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         longest = lengths[order[0]]
