@@ -415,6 +415,17 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight.device
 
     @property
+    def least_tokens(self) -> int:
+        """Tokens in a pass below which fewer would take as long.
+
+        A GPU then waits for the next kernel to be launched, some hundred for each layer, not for
+        arithmetic, of which each token brings as much as a layer has numbers.
+        """
+        if self.device.type == "cpu":
+            return 256
+        return 2**39 // sum(p.numel() for p in self.layers[0].parameters())
+
+    @property
     def can_predict(self) -> bool:
         """False for a checkpoint of the inner model, which came without its output head."""
         return self.config.tie_word_embeddings or self.lm_head is not None
@@ -913,9 +924,8 @@ class LLM2Vec:
         self.decoder.train(False)
         vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
         done = 0
-        for batch in batches_by_length(
-            [len(ids) for ids, _ in rows], max_tokens, self.decoder.device
-        ):
+        lengths = [len(ids) for ids, _ in rows]
+        for batch in batches_by_length(lengths, max_tokens, self.decoder.least_tokens):
             vectors[batch] = self.embed([rows[i] for i in batch]).cpu().numpy()
             done += len(batch)
             if progress:
@@ -961,15 +971,14 @@ class LLM2Vec:
 
 
 def batches_by_length(
-    lengths: Sequence[int], max_tokens: int, device: str | torch.device = "cpu"
+    lengths: Sequence[int], max_tokens: int, least: int = 256
 ) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first, each of at most max_tokens with padding.
 
     What is longer than that is a batch by itself. A text shorter than 7/8 of the longest starts a
-    new batch, if this one has 256 tokens, on a GPU 2,048: smaller ones save less padding than they
-    cost in speed.
+    new batch, if this one has `least` tokens: smaller ones save less padding than they cost in
+    speed (see `Decoder.least_tokens`).
     """
-    least = 256 if torch.device(device).type == "cpu" else 2048
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         longest = lengths[order[0]]

@@ -193,18 +193,8 @@ def is_quantized(model: nn.Module) -> bool:
 
 def decode_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers, (out * in,), of bytes of two codes each and their blocks' scales."""
-    return look_up(codes, scales, nf4_pairs(codes.device, dtype))
-
-
-def look_up(codes: Tensor, scales: Tensor, pairs: Tensor) -> Tensor:
-    blocks = F.embedding(codes.int(), pairs).view(-1, BLOCK)
-    return (blocks * scales[:, None].to(pairs.dtype)).flatten()
-
-
-def compile_decoding() -> None:
-    """Have torch.compile fuse the steps of decoding, which then move a fifth of the bytes."""
-    global look_up
-    look_up = torch.compile(look_up, dynamic=True)
+    blocks = F.embedding(codes.int(), nf4_pairs(codes.device, dtype)).view(-1, BLOCK)
+    return (blocks * scales[:, None].to(dtype)).flatten()
 
 
 @functools.cache

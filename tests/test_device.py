@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packed import StandIn, install
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -154,22 +153,15 @@ def test_encoding_and_scoring(away):
     assert 0 <= benchmarks.masked_accuracy(model, blocks, train.mask_id_of(model)) <= 1
 
 
-def test_texts_end_to_end(away, monkeypatch):
-    expected = tiny("cpu").encode(TEXTS)
-    kernel = install(monkeypatch, StandIn(), AWAY.type)
-    np.testing.assert_allclose(tiny(AWAY).encode(TEXTS), expected, atol=1e-4)
-    assert kernel.tokens > 8, "more than those that it was tried out with"
-
-
-@pytest.mark.parametrize("quantize, room", [(False, 2**33), (True, 1)], ids=["", "nf4-recomputed"])
+@pytest.mark.parametrize("quantize", [False, True], ids=["", "nf4-recomputed"])
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, quantize, room):
-    monkeypatch.setattr(train, "free_memory", lambda _: room)
-    monkeypatch.setattr(llm2vec, "CHUNK", 8)
+def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, quantize):
+    monkeypatch.setattr(llm2vec, "CHUNK", 2**16)
     # On a CPU adapters have a dropout of their own, elsewhere torch's: here its numbers for both.
     monkeypatch.setattr(lora, "kept", lambda x, p: F.dropout(torch.ones_like(x), p) > 0)
     small = {"length": 16, "batch": 4, "steps": 3, "save_every": 1}
     small["max_tokens"] = 64 if quantize else 8192  # in parts, or in one pass
+    small["recompute"] = 2 * quantize
     settings = replace(train.SETTINGS[stage]["tiny"], **small, attention_dropout=0.0)
     data = [PAIRS] if stage == "supervised" else TEXTS
     losses = []
