@@ -1,79 +1,54 @@
 """LLM2Vec in one file: a decoder-only language model becomes a text encoder.
 
-The method (BehnamGhader et al. 2024, arXiv 2404.05961) has three steps. Read this file from the
-top and you will have met all of them:
+The method (BehnamGhader et al. 2024, arXiv 2404.05961) has three steps: let attention look both
+ways, train briefly to predict masked tokens, train briefly with contrastive learning. Read this
+file from the top and you will have met all of them:
 
-    Config             what config.json says of a Llama or Mistral checkpoint, or of a near relative
-    attention_mask     who may look at whom; step 1 is its argument `is_causal`
+    Config             the shape of a Llama, a Mistral or a near relative
+    attention_mask     which token may attend to which; step 1 is its argument `is_causal`
     Decoder            RMSNorm, rotary positions, grouped-query attention, SwiGLU
-    from_pretrained    safetensors into those modules, tensor by tensor
-    tokenize           text to token ids, and which of them a text's vector averages
-    pool               hidden states of a text to one vector
+    load_weights       config.json and safetensors into those modules, tensor by tensor
+    tokenize           text to token ids, and which of them the vector of a text averages
+    pool               the hidden states of a text to one vector
     mntp_loss          step 2: masked next-token prediction
     contrastive_loss   step 3: contrastive learning (SimCSE)
     LLM2Vec            all of it as an encoder: texts in, vectors out
 
-The method ends there. What follows spares a GPU the padding, and turns an encoder into a folder
-that other tools load, and into a command line. Steps 2 and 3 are run by train.py, on the adapters
-of lora.py.
+Steps 2 and 3 are run by train.py, on the adapters of lora.py.
 
-What is notable here: modules carry the names of Hugging Face checkpoints, so that loading needs no
-table of names; every kind of attention is one boolean mask made by one function; there is no cache
-of keys and values, because an encoder reads each text once.
+What is notable here: modules carry the names of Hugging Face checkpoints, so that weights load
+without a table of names; one function makes every mask; there is no cache of keys and values,
+because an encoder reads each text once.
 
 Shapes: B batch, T tokens, d width, H heads, K key/value heads, D head width, V vocabulary, N texts.
 """
 
 import argparse
 import contextlib
-import datetime
-import itertools
+import functools
 import json
 import math
 import os
 import re
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-# --- Config ------------------------------------------------------------------------------------
-# Field names are those of config.json. What this decoder can't compute is refused by name, never
-# ignored: a checkpoint that loads is a checkpoint that gives the right numbers.
-
-
-# The model types, and what transformers takes where their config.json is silent.
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
-    "qwen2": {"num_key_value_heads": 32},  # biases on q, k and v
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},  # a norm on every head of q and k
-    # Layers without rotary positions.
-    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
-}
-# The kinds of rotary scaling, and the numbers that each one needs.
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_SCALING = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
-
 
 @dataclass
 class Config:
-    """Shape and constants of a model, as transformers' config.json names them."""
+    """Shape and constants of a model, named as in transformers' config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -82,7 +57,7 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    model_type: str = "llama"
+    model_type: str = "llama"  # see FAMILIES
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": ...} and what ROPE_SCALING says it needs
@@ -95,102 +70,8 @@ class Config:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
-        """Read `folder`/config.json. Raises FileNotFoundError without one, ValueError by field."""
-        why = "a Hugging Face checkpoint folder has one"
-        file = inside(Path(folder), "config.json", why)
-        raw = read_json(file)
-
-        def expect(holds: bool, key: str, expected: str, value: object) -> None:
-            if not holds:
-                raise ValueError(f"{file}: {key} is {value!r}, expected {expected}")
-
-        family = raw.get("model_type")
-        known = isinstance(family, str) and family in FAMILIES
-        expect(known, "model_type", " or ".join(FAMILIES), family)
-        only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        for key, value in (only | {"use_sliding_window": False}).items():
-            expect(raw.get(key, value) == value, key, repr(value), raw.get(key))
-        # A key that is left out means transformers' default for the family; null means no window,
-        # a key/value head for every head, and else what the fields above say.
-        raw = FAMILIES[family] | raw
-        given = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
-        if family != "mistral":
-            given.pop("sliding_window", None)
-        # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        expect(isinstance(rope, dict), "rope_scaling", "an object", rope)
-        rope = rope | {k: raw[k] for k in LLAMA3[3:] if k in raw}  # this one may stand outside
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        known = isinstance(kind, str) and kind in ROPE_SCALING
-        expect(known, "rope_type", " or ".join(ROPE_SCALING), kind)
-        for key in ROPE_SCALING[kind]:
-            value = rope.get(key)
-            number = type(value) in (int, float) and 0 < value < 1e15
-            expect(number, key, "a number above 0", value)
-        given["rope_scaling"] = {k: rope[k] for k in ROPE_SCALING[kind]} | {"rope_type": kind}
-        if "rope_theta" in rope:
-            given["rope_theta"] = rope["rope_theta"]
-
-        heads, width = given.get("num_attention_heads"), given.get("hidden_size")
-        given.setdefault("num_key_value_heads", heads)
-        if type(heads) is int and type(width) is int and heads > 0:
-            given.setdefault("head_dim", width // heads)
-        for key, field in cls.__dataclass_fields__.items():
-            value = given.get(key, field.default)
-            if field.type is int or key == "sliding_window" and value is not None:
-                below = {"num_hidden_layers": 1000, "head_dim": 2**12}.get(key, 2**24)
-                whole = type(value) is int and 0 < value < below
-                shown = None if key not in given else value
-                expect(whole, key, f"a positive whole number below {below}", shown)
-            elif field.type is float:
-                number = type(value) in (int, float) and 0 <= value < 1e15
-                expect(number, key, "a number, 0 or more", value)
-            elif field.type is bool:
-                expect(type(value) is bool, key, "true or false", value)
-        if family == "smollm3":
-            layers, every = given["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
-            expect(type(every) is int and every > 0, "no_rope_layer_interval", "1 or more", every)
-            given.setdefault("no_rope_layers", [int((i + 1) % every > 0) for i in range(layers)])
-            rotary = given["no_rope_layers"]
-            whole = isinstance(rotary, list) and len(rotary) == layers
-            expect(whole, "no_rope_layers", f"a list of {layers} numbers", rotary)
-        else:
-            given.pop("no_rope_layers", None)
-        config = cls(**given)
-        shared = config.num_attention_heads % config.num_key_value_heads == 0
-        expect(shared, "num_attention_heads", "a multiple of num_key_value_heads", heads)
-        expect(config.head_dim % 2 == 0, "head_dim", "an even number", config.head_dim)
-        rows = max(config.vocab_size, config.intermediate_size, heads * config.head_dim)
-        expect(rows * width < 2**40, "hidden_size", "matrices of fewer than 2^40 numbers", width)
-        return config
-
-
-def existing(file: Path, why: str) -> Path:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; {why}")
-    return file
-
-
-def inside(folder: Path, name: str, why: str) -> Path:
-    """A file of a folder that may come from anywhere, so it must not be a link to elsewhere.
-
-    The cache of the Hugging Face hub is known: its snapshots link to blobs of the same model.
-    """
-    file, home = existing(folder / name, why), folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not any(file.resolve().is_relative_to(place) for place in (home, blobs)):
-        raise ValueError(f"{file}: a link out of its folder, to {file.resolve()}")
-    return file
-
-
-def read_json(file: Path) -> dict:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(raw).__name__}")
-    return raw
+        """Read `folder`/config.json. Raises FileNotFoundError, or ValueError naming the field."""
+        return read_config(Path(folder) / "config.json")
 
 
 # --- Attention mask ----------------------------------------------------------------------------
@@ -216,16 +97,10 @@ def attention_mask(segments: Tensor, is_causal: bool, window: int | None = None)
     T = segments.shape[1]
     i = torch.arange(T, device=segments.device)[:, None]
     j = torch.arange(T, device=segments.device)[None, :]
-    distance_limit = T if window is None else window
-    one_text = bool((segments == segments[:, :1]).all())
-    if one_text and T == 1 or one_text and not is_causal and distance_limit >= T - 1:
-        return None
-    if is_causal:
-        near = (j <= i) & (i - j < distance_limit)
-    else:
-        near = (i - j).abs() <= distance_limit
-    if one_text:
-        return near[None, None]
+    window = T if window is None else window
+    near = (j <= i) & (i - j < window) if is_causal else (i - j).abs() <= window  # (T, T)
+    if (segments == segments[:, :1]).all():  # each row is one text
+        return None if near.all() else near[None, None]
     same_text = segments[:, :, None] == segments[:, None, :]
     return (same_text & near)[:, None]
 
@@ -233,12 +108,12 @@ def attention_mask(segments: Tensor, is_causal: bool, window: int | None = None)
 # --- Decoder -----------------------------------------------------------------------------------
 # Llama (Touvron et al. 2023) and Mistral are one architecture: a residual stream of width d, to
 # which each layer adds attention, then a gated feed-forward network, each on a normalised copy.
-# Matrices multiply in the weights' type, but the stream is float32: rounding it to bfloat16 at
-# every layer costs more than all other roundings together.
+# Matrices multiply in the type of the weights, but the stream is float32: rounding it to bfloat16
+# at every layer costs more accuracy than all other roundings together.
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32, in the weight's type (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight, computed in float32, in the type of the weight (Zhang & Sennrich)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -253,10 +128,10 @@ class RMSNorm(nn.Module):
 def rotary_table(config: Config, T: int, device: torch.device, dtype: torch.dtype):
     """Cosines and sines of the rotary position embedding (Su et al. 2021), (T, D) each.
 
-    Pair m of a head turns by position * theta^(-2m/D), so that the product of a query and a key
-    depends on their distance alone. Hence a text packed behind another, or shifted by padding,
+    Pair m of a head turns by position * theta^(-2m/D), so the product of a query and a key depends
+    on their distance alone. A text that is packed behind another, or shifted by padding, therefore
     needs no positions of its own. `linear` stretches all wavelengths by `factor`; `llama3` (Llama
-    3.1) only the long ones, with a smooth passage between, as in transformers' rope utilities.
+    3.1) stretches only the long ones, with a smooth passage, as in transformers' rope utilities.
     """
     D = config.head_dim
     frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
@@ -279,30 +154,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-# cuDNN's attention plans anew for each shape, for a third of a second, and batches differ in shape.
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for every head: (B, H, T, D), of k and v (B, K, T, D).
+    """softmax(q k^T / sqrt(D)) v for every head: q is (B, H, T, D), k and v are (B, K, T, D).
 
-    On a GPU, and for long texts, by torch's kernel, which holds no T x T matrix (but on a CPU with
-    dropout). For short texts on a CPU the formula as it stands is faster, several times so in the
-    backward pass. The mask is that of `attention_mask`.
+    torch's kernel holds no T x T matrix. For short texts on a CPU, `attend_in_full` is faster.
     """
+    if q.device.type == "cpu" and q.shape[2] <= 128:
+        return attend_in_full(q, k, v, mask, dropout)
+    group = q.shape[1] // k.shape[1]  # query heads that share a key/value head
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    # Not cuDNN's kernel: it plans a third of a second for each new shape, and batches differ.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def attend_in_full(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """`attend` by the formula as it stands: on a CPU ATTEND_GAIN."""
     B, H, T, D = q.shape
-    group = H // k.shape[1]  # query heads that share a key/value head
-    if q.device.type != "cpu" or T > 128:
-        # Repeating the heads costs little; not every kernel of every torch would do it by itself.
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        with sdpa_kernel(KERNELS):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    q = q.reshape(B, -1, group * T, D)  # rows of one key/value head: its queries, head by head
-    scores = (q * D**-0.5) @ k.transpose(2, 3)
+    q = q.reshape(B, k.shape[1], -1, D)  # (B, K, H/K T, D): the queries of each key/value head
+    scores = (q * D**-0.5) @ k.transpose(2, 3)  # (B, K, H/K T, T)
     if mask is not None:
-        scores = scores.view(B, -1, group, T, T).masked_fill(~mask[:, None], float("-inf"))
-    weights = F.dropout(scores.view(B, -1, group * T, T).softmax(dim=-1), dropout)
-    return (weights @ v).view(B, H, T, D)
+        scores = scores.view(B, H, T, T).masked_fill(~mask, float("-inf")).view_as(scores)
+    return (F.dropout(scores.softmax(dim=-1), dropout) @ v).view(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -316,7 +189,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=False)
-        self.q_norm = self.k_norm = None
+        self.q_norm = self.k_norm = nn.Identity()
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
@@ -324,15 +197,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
-        D, c = self.config.head_dim, self.config
-        q = self.q_proj(x).view(B, T, c.num_attention_heads, D).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, c.num_key_value_heads, D).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, c.num_key_value_heads, D).transpose(1, 2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        heads = (B, T, -1, self.config.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = attend(q, k, v, mask, c.attention_dropout if self.training else 0.0)
+        y = attend(q, k, v, mask, self.config.attention_dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -379,29 +250,40 @@ class Decoder(nn.Module):
         self.lm_head = None  # tied to the embedding
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Of so many layers, the first ones, training keeps the input alone and computes the rest
-        # again in the backward pass: less memory for a third more time.
+        # Training keeps only the input of so many layers, and computes what is inside them again
+        # in the backward pass: less memory, for up to a third more time.
         self.recompute = 0
 
-    def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, segments: Tensor | None = None, last: int | None = None
+    ) -> Tensor:
         """Hidden states after the final norm, (B, T, d), of input_ids (B, T).
 
-        segments (B, T): see `attention_mask`; None means that every row is one text, unpadded.
+        Args:
+            segments: (B, T), see `attention_mask`; None means that every row is one whole text.
+            last: give the states after each of the last `last` layers instead, before the final
+                norm: (last, B, T, d).
         """
-        T = input_ids.shape[1]
-        one_text = segments is None  # known without asking a GPU, which would have to be waited for
-        segments = torch.ones(1, T) if one_text else segments
-        mask = attention_mask(segments, self.config.is_causal, self.config.sliding_window)
-        mask = None if mask is None else mask.to(input_ids.device)
+        c, T, device = self.config, input_ids.shape[1], input_ids.device
+        segments = torch.ones(1, T) if segments is None else segments
+
+        @functools.cache
+        def mask(is_causal: bool, window: int | None) -> Tensor | None:
+            made = attention_mask(segments, is_causal, window)
+            return None if made is None else made.to(device)
+
         x = self.embed_tokens(input_ids)  # (B, T, d)
-        cos, sin = rotary_table(self.config, T, x.device, x.dtype)
-        x = x.float()
+        cos, sin = rotary_table(c, T, device, x.dtype)
+        x, states = x.float(), []
         for i, layer in enumerate(self.layers):
+            masked = mask(c.is_causal, c.sliding_window)  # may differ by layer
             if i < self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mask, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, masked, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, mask, cos, sin)
-        return self.norm(x)
+                x = layer(x, masked, cos, sin)
+            if last is not None and i >= len(self.layers) - last:
+                states.append(x)
+        return self.norm(x) if last is None else torch.stack(states)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, (..., V), of hidden states (..., d)."""
@@ -411,24 +293,13 @@ class Decoder(nn.Module):
         return F.linear(hidden, head.weight)
 
     @property
-    def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
-
-    @property
-    def least_tokens(self) -> int:
-        """Tokens in a pass below which fewer would take as long.
-
-        A GPU then waits for the next kernel to be launched, some hundred for each layer, not for
-        arithmetic, of which each token brings as much as a layer has numbers.
-        """
-        if self.device.type == "cpu":
-            return 256
-        return 2**39 // sum(p.numel() for p in self.layers[0].parameters())
-
-    @property
     def can_predict(self) -> bool:
         """False for a checkpoint of the inner model, which came without its output head."""
         return self.config.tie_word_embeddings or self.lm_head is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
 
     @classmethod
     def from_pretrained(
@@ -442,16 +313,112 @@ class Decoder(nn.Module):
         Names may have the prefix `model.` (a causal-LM checkpoint) or not (its inner model, which
         has no output head). Raises FileNotFoundError or ValueError, naming the file and tensor.
         """
-        with torch.device("meta"):  # shapes only; memory comes with each tensor
-            decoder = cls(Config.from_pretrained(folder))
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:  # safetensors would take the first GPU
-            device = torch.device("cuda", torch.cuda.current_device())
-        load_weights(decoder, Path(folder), dtype, device)
+        config = Config.from_pretrained(folder)
+        with reading(Path(folder) / "config.json"), torch.device("meta"):  # shapes, no memory yet
+            decoder = cls(config)
+        load_weights(decoder, Path(folder), dtype, torch.device(device))
         return decoder.train(False)
 
 
-# --- Weights -----------------------------------------------------------------------------------
+# --- From disk ---------------------------------------------------------------------------------
+# What this decoder can't compute is refused by name, never ignored: a checkpoint that loads is a
+# checkpoint that gives the right numbers. Only JSON and safetensors are read.
+
+
+@contextlib.contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one ValueError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # the tokenizers library panics outside of Exception
+        said = " ".join(str(error).split())
+        said = f"{said} is missing" if isinstance(error, KeyError) else said
+        raise ValueError(f"{file}: {said or type(error).__name__}") from None
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file."""
+    with reading(file):
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a JSON object, got {type(raw).__name__}")
+        return raw
+
+
+# The model types, and what transformers takes where their config.json is silent.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},  # biases on q, k and v
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},  # a norm on every head of q and k
+    # Layers without rotary positions.
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+}
+# The kinds of rotary scaling, and the numbers that each one needs.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALING = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+ONLY |= {"use_sliding_window": False}
+
+
+def read_config(file: Path) -> Config:
+    """config.json as a Config.
+
+    A key that is left out means transformers' default for the family; null means no window, a
+    key/value head for every head, and else the default of Config.
+    """
+    raw = read_json(file)
+
+    def expect(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{key} is {raw.get(key)!r}, expected {expected}")
+
+    with reading(file):
+        family = raw.get("model_type")
+        expect(str(family) in FAMILIES, "model_type", " or ".join(FAMILIES))
+        for key, value in ONLY.items():
+            expect(raw.get(key, value) == value, key, repr(value))
+        raw = FAMILIES[family] | raw
+        given = {k: raw[k] for k in Config.__dataclass_fields__ if raw.get(k) is not None}
+        if family != "mistral":
+            given.pop("sliding_window", None)
+        # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        rope = rope | {k: raw[k] for k in LLAMA3[3:] if k in raw}  # this one may stand outside
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ROPE_SCALING:
+            raise ValueError(f"rope_type is {kind!r}, expected {' or '.join(ROPE_SCALING)}")
+        given["rope_scaling"] = {"rope_type": kind}
+        for key in ROPE_SCALING[kind]:
+            given["rope_scaling"][key] = rope[key]
+            if not rope[key] > 0:
+                raise ValueError(f"{key} is {rope[key]!r}, expected a number above 0")
+        given |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        heads = given["num_attention_heads"]
+        given = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads} | given
+        layers, every = given["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
+        if family != "smollm3":
+            given.pop("no_rope_layers", None)
+        elif "no_rope_layers" not in given:
+            given["no_rope_layers"] = [int((i + 1) % every > 0) for i in range(layers)]
+        elif len(given["no_rope_layers"]) != layers:
+            raise ValueError(f"no_rope_layers has not {layers} numbers, one for each layer")
+        for name, field in Config.__dataclass_fields__.items():
+            if field.type is int or name == "sliding_window" and name in given:
+                value = given.get(name, field.default)
+                expect(type(value) is int and value > 0, name, "a positive whole number")
+            elif field.type in (bool, float):
+                value = given.get(name, field.default)
+                expect(field.type(value) == value, name, f"a {field.type.__name__}")
+        shared = heads % given["num_key_value_heads"] == 0
+        expect(shared, "num_attention_heads", "a multiple of num_key_value_heads")
+        expect(given["head_dim"] % 2 == 0, "head_dim", "an even number")
+        return Config(**given)
+
 
 # Types that are numbers by themselves; whole numbers and 8 bits mean a quantised checkpoint.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -460,81 +427,40 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a decoder made on the meta device from safetensors, one tensor in memory at a time."""
     wanted = dict(decoder.named_parameters())
-    known = set(wanted)
-    size = sum(p.numel() for p in wanted.values()) * dtype.itemsize
-    room = memory_of(device)
-    if size > room:
-        what = f"its weights take {size / 2**30:,.1f} GiB as {dtype}, {device} has"
-        raise ValueError(f"{folder / 'config.json'}: {what} {room / 2**30:,.1f} GiB")
     inner = True  # no name starts with `model.`: a checkpoint of the inner model
-    files, weight_map = _weight_files(folder)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    inner = inner and not name.startswith("model.")
-                    key = name.removeprefix("model.")
-                    if key.endswith("rotary_emb.inv_freq") or (
-                        key == "lm_head.weight" and decoder.config.tie_word_embeddings
-                    ):
-                        continue
-                    if key not in wanted:
-                        what = "is there twice" if key in known else "has no place in this model"
-                        raise ValueError(f"{file}: tensor {name} {what}")
-                    told = weight_map.get(name, file.name)
-                    if told != file.name:
-                        raise ValueError(f"{file}: tensor {name} is here, its index says {told}")
-                    expected = list(wanted.pop(key).shape)
-                    shape = tensors.get_slice(name).get_shape()
-                    if shape != expected:
-                        raise ValueError(f"{file}: tensor {name} is {shape}, expected {expected}")
-                    module, _, leaf = key.rpartition(".")
-                    weight = tensors.get_tensor(name)
-                    if weight.dtype not in FLOATS:
-                        raise ValueError(f"{file}: tensor {name} has type {weight.dtype}")
-                    weight = weight.to(dtype)
-                    if not weight.isfinite().all():
-                        what = f"holds NaN or infinity as {dtype}"
-                        raise ValueError(f"{file}: tensor {name} {what}")
-                    weight = nn.Parameter(weight, requires_grad=False)
-                    setattr(decoder.get_submodule(module), leaf, weight)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
-        except RuntimeError as error:  # no memory to map the file, or to hold a tensor
-            raise ValueError(f"{file}: can't be loaded: {error}") from None
+    for file in weight_files(folder):
+        with reading(file), safe_open(file, framework="pt", device=str(device)) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                inner = inner and not name.startswith("model.")
+                key = name.removeprefix("model.")
+                tied = key == "lm_head.weight" and decoder.config.tie_word_embeddings
+                if tied or key.endswith("rotary_emb.inv_freq"):
+                    continue
+                if key not in wanted:
+                    raise ValueError(f"tensor {name} has no place in this model")
+                weight, expected = tensors.get_tensor(name), list(wanted.pop(key).shape)
+                if list(weight.shape) != expected:
+                    raise ValueError(f"tensor {name} is {list(weight.shape)}, expected {expected}")
+                if weight.dtype not in FLOATS:
+                    raise ValueError(f"tensor {name} has type {weight.dtype}")
+                weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+                if not weight.isfinite().all():
+                    raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}")
+                module, _, leaf = key.rpartition(".")
+                setattr(decoder.get_submodule(module), leaf, weight)
     if inner and "lm_head.weight" in wanted:
         del wanted["lm_head.weight"]
         decoder.lm_head = None
     if wanted:
-        name, more = next(iter(wanted)), len(wanted) - 1
-        raise ValueError(
-            f"{folder}: tensor {name} is missing" + (f", and {more} more" * (more > 0))
-        )
+        more = f", and {len(wanted) - 1} more" if len(wanted) > 1 else ""
+        raise ValueError(f"{folder}: tensor {next(iter(wanted))} is missing{more}")
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory: all of the machine's; of a GPU, what is free or torch's own to reuse."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    if not hasattr(os, "sysconf"):  # Windows does not say
-        return sys.maxsize
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is one of the ways in which torch says that memory is short."""
-    said = "can't allocate memory" in str(error) or "out of memory" in str(error)
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and said
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of a checkpoint, and which of them has which tensor, where an index says so."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        why = "neither it nor model.safetensors.index.json is there"
-        return [inside(folder, "model.safetensors", why)], {}
-    inside(folder, index.name, "the weights are read from it")
+def weight_files(folder: Path) -> list[Path]:
+    """The whole file, or else the shards that its index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map of tensor names to files")
@@ -542,25 +468,12 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     for name in names:
         if Path(name).name != name:  # a path could name any file of the machine
             raise ValueError(f"{index}: {name!r} is not the name of a file in this folder")
-    return [inside(folder, name, f"{index.name} lists it") for name in names], weight_map
-
-
-def compile_layers(decoder: Decoder) -> None:
-    """Have torch.compile fuse what each layer does between its matrix products.
-
-    Lengths are variables of the compiled code: batches differ in them. Dropout draws what it draws
-    uncompiled, because torch.compile's own numbers could differ in the two passes of GradCache; a
-    layer that is compiled too often is not compiled at all, hence the limit. How it rounds depends
-    on the batch it is compiled at, so a run that was stopped does not go on to the same bits.
-    """
-    torch._dynamo.config.cache_size_limit = 64
-    for layer in decoder.layers:
-        layer.compile(dynamic=True, options={"fallback_random": True})
+    return [folder / name for name in names]
 
 
 # --- Text to tokens ----------------------------------------------------------------------------
-# tokenizer.json says itself whether a BOS token goes in front. A text's vector averages the text's
-# own tokens: BOS and an instruction are attended to, but not averaged (section 3.2).
+# tokenizer.json says itself whether a BOS token goes in front. The vector of a text averages the
+# text's own tokens: BOS and an instruction are attended to, but not averaged (section 3.2).
 
 
 # What stands around a text: the markers that the authors' encoder writes for the instruct models
@@ -580,36 +493,37 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
     With the name of a chat template, its markers stand around every text, however long; they become
     part of the tokenizer, and of what it saves.
     """
-    file = inside(Path(folder), "tokenizer.json", "the tokenizer is read from it")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
+    file = Path(folder) / "tokenizer.json"
+    with reading(file):
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         tokenizer.encode("a")  # some faults show only in use
-    except BaseException as error:  # tokenizers raises plain Exception; or panics, in Rust
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise ValueError(f"{file}: not a tokenizer: {error}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    if template is not None:
-        if template not in TEMPLATES:
-            raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
-        if "[OPEN]" in tokenizer.to_str():
-            raise ValueError(f"{file}: has a chat template already")
-        opening, closing = TEMPLATES[template]
-        for marker in re.findall(r"<\|\w+\|>", opening + closing):
-            if tokenizer.token_to_id(marker) is None:
-                raise ValueError(f"{file}: has no token {marker}, as template {template} needs")
-        front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
-        back = tokenizer.encode(closing, add_special_tokens=False)
-        markers = [
-            {"id": name, "ids": e.ids, "tokens": e.tokens}
-            for name, e in (("[OPEN]", front), ("[CLOSE]", back))
-        ]
-        tokenizer.post_processor = TemplateProcessing(
-            single="[OPEN] $A [CLOSE]", pair="[OPEN] $A $B [CLOSE]", special_tokens=markers
-        )
+        if template is not None:
+            surround(tokenizer, template)
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def surround(tokenizer: Tokenizer, template: str) -> None:
+    """Make a tokenizer write the markers of a template around every text."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
+    if "[OPEN]" in tokenizer.to_str():
+        raise ValueError("has a chat template already")
+    opening, closing = TEMPLATES[template]
+    for marker in re.findall(r"<\|\w+\|>", opening + closing):
+        if tokenizer.token_to_id(marker) is None:
+            raise ValueError(f"has no token {marker}, as template {template} needs")
+    front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
+    back = tokenizer.encode(closing, add_special_tokens=False)
+    markers = [
+        {"id": name, "ids": e.ids, "tokens": e.tokens}
+        for name, e in (("[OPEN]", front), ("[CLOSE]", back))
+    ]
+    tokenizer.post_processor = TemplateProcessing(
+        single="[OPEN] $A [CLOSE]", pair="[OPEN] $A $B [CLOSE]", special_tokens=markers
+    )
 
 
 def tokenize(
@@ -617,46 +531,40 @@ def tokenize(
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each text, and which of them are its own: no BOS, no instruction.
 
-    Between an instruction and the text stands one line break, whatever white space it ended in.
-    What stands behind a text (a template's closing marker, EOS) counts as its own, as it does in
-    the authors' encoder and sentence-transformers. At most max_length tokens each: of a longer text
-    the end is cut, never a marker. A text that has no token of its own is given all that stands
-    there, or token 0 where nothing does, so that its vector is finite. Raises ValueError for what
-    is not a string, and where an instruction or template leaves no room for text.
+    One line break stands between an instruction and the text, whatever white space the instruction
+    ends in. What stands behind a text (a template's closing marker, EOS) counts as its own, as it
+    does in the authors' encoder and in sentence-transformers. At most max_length tokens each: the
+    end of a longer text is cut, never a marker. A text that has no token of its own gets all that
+    stands there, or token 0 where nothing does, so that its vector is finite. Raises ValueError for
+    what is not a string, and where an instruction or template leaves no room for text.
     """
     if isinstance(texts, str):
         raise ValueError("texts is one string, expected a list of strings: put it in brackets")
+    texts = list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {i} is {type(text).__name__}, expected a string: {text!r:.60}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}") from None
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}")
     # More than one line break or space would be cut differently in front of a text than alone.
     lead = (instruction or "").rstrip()
-    if lead:
-        lead += "\n"
-    mask = tokenizer.encode(lead).special_tokens_mask
-    before = max((i + 1 for i, special in enumerate(mask) if not special), default=0)
+    lead += "\n" if lead else ""
+    special = tokenizer.encode(lead).special_tokens_mask
+    before = max((i + 1 for i, s in enumerate(special) if not s), default=0)
     if max_length <= tokenizer.num_special_tokens_to_add(False):
-        raise ValueError(
-            f"max_length {max_length} leaves no room beside the tokenizer's own tokens"
-        )
+        raise ValueError(f"max_length {max_length} leaves no room beside the template's tokens")
     tokenizer.enable_truncation(max_length)
     try:
-        encodings = tokenizer.encode_batch([lead + text for text in texts])
-    except Exception as error:  # an unknown token, where the tokenizer has none for them
-        raise ValueError(f"tokenizer.json: can't encode these texts: {error}") from None
+        with reading("tokenizer.json"):  # an unknown token, where the tokenizer has none for them
+            encodings = tokenizer.encode_batch([lead + text for text in texts])
     finally:
         tokenizer.no_truncation()
     rows = []
     for text, e in zip(texts, encodings, strict=True):
-        mask = e.special_tokens_mask
-        start = next((i for i, s in enumerate(mask) if i >= before and not s), 0)
+        start = next((i for i, s in enumerate(e.special_tokens_mask) if i >= before and not s), 0)
         if start == 0 and lead and text.strip():
             raise ValueError(f"the instruction leaves no room in {max_length} tokens: {lead!r:.60}")
-        own = [i >= start for i in range(len(mask))]
+        own = [i >= start for i in range(len(e.ids))]
         rows.append((e.ids, own) if e.ids else ([0], [True]))
     return rows
 
@@ -670,37 +578,34 @@ def pad(rows: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Te
 # --- Pooling -----------------------------------------------------------------------------------
 
 
-# The rules, and sentence-transformers' names for them.
-POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens"}
-POOLING |= {"last": "lasttoken", "first": "cls_token"}
+def places(own: Tensor) -> Tensor:
+    """1, 2, 3... by place in the row, for own tokens; 0 for others."""
+    return torch.arange(1, own.shape[1] + 1, device=own.device) * own
+
+
+# Rules that make weights (B, T) from `own` (B, T), 1.0 for the tokens that count and 0.0 for
+# others; and the name that sentence-transformers has for each, None if it has none.
+POOLING: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
+    "mean": (lambda own: own, "mean_tokens"),  # what the paper found best
+    "weighted_mean": (places, "weightedmean_tokens"),  # by place: SGPT, Muennighoff 2022
+    "last": (lambda own: own * (places(own) == places(own).amax(1, True)), "lasttoken"),
+    "first": (lambda own: own * (own.cumsum(1) == 1), "cls_token"),
+}
 
 
 def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = None) -> Tensor:
     """One vector a text, (B, d) float32, from hidden states (B, T, d).
 
     Args:
-        weights: (B, T) non-negative numbers, or the name of a rule that makes them from `own`:
-            `mean`, what the paper found best; `weighted_mean`, by place in the row, 1, 2, 3...
-            (SGPT, Muennighoff 2022); `last`, the usual choice for a causal model; `first`.
+        weights: (B, T) non-negative numbers, or the name of a rule in POOLING that makes them.
         own: (B, T) booleans, the tokens that count; None for all of them.
     """
     if isinstance(weights, str):
-        if own is None:
-            own = torch.ones(hidden.shape[:2], device=hidden.device)
-        own = own.float()
-        order = torch.arange(1, own.shape[1] + 1, device=own.device) * own  # the own tokens' places
-        if weights == "mean":
-            weights = own
-        elif weights == "weighted_mean":
-            weights = order
-        elif weights == "last":
-            weights = (order == order.amax(1, keepdim=True)) * own
-        elif weights == "first":
-            weights = (own.cumsum(1) == 1) * own
-        else:
+        if weights not in POOLING:
             raise ValueError(f"pooling {weights!r}: expected {', '.join(POOLING)}")
-    weights = weights.float()
-    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
+        own = hidden.new_ones(hidden.shape[:2]) if own is None else own
+        weights = POOLING[weights][0](own.float())
+    weights = weights.float() / weights.float().sum(1, keepdim=True).clamp_min(1e-9)
     return (weights[:, None, :] @ hidden.float())[:, 0]
 
 
@@ -719,39 +624,50 @@ def mask_tokens(
     maskable: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hide a share of the tokens.
+    """Hide a share `rate` of the tokens of input_ids (B, T).
 
-    Args:
-        input_ids: (B, T).
-        mask_id: the token that hides another; the paper takes the plain token `_`.
-        vocab_size: random tokens are below it.
-        rate: the chance of each token to be chosen.
-        replace: of the chosen, the share replaced by mask_id and the share replaced by a random
-            token; the rest stays, and still has to be predicted. (0.8, 0.1) is BERT's rule
-            (Devlin et al. 2019), used for Llama; (1, 0) with rate 0.8 is used for Mistral.
-        maskable: (B, T) booleans, the tokens that may be chosen; None for all. The first token of
-            a row never is: no state stands before it.
-        generator: of the CPU, whatever the device of input_ids.
-
-    Returns:
-        The ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans.
+    Returns the ids with tokens hidden, (B, T), and which ones were chosen, (B, T) booleans. See
+    `choose_tokens` and `corrupt_tokens` for the arguments.
     """
+    chosen = choose_tokens(input_ids, rate, maskable, generator)
+    return corrupt_tokens(input_ids, chosen, mask_id, vocab_size, replace, generator), chosen
 
-    def draw() -> Tensor:
-        return torch.rand(input_ids.shape, generator=generator).to(input_ids.device)
 
-    chosen = draw() < rate
+def choose_tokens(
+    input_ids: Tensor,
+    rate: float,
+    maskable: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Which tokens of input_ids (B, T) are to be predicted, (B, T) booleans.
+
+    Each is chosen with the chance `rate`, if `maskable` (B, T) allows it. The first token of a row
+    never is: no state stands before it. The generator is one of the CPU.
+    """
+    chosen = torch.rand(input_ids.shape, generator=generator).to(input_ids.device) < rate
     chosen[:, 0] = False
-    if maskable is not None:
-        chosen &= maskable
-    fate = draw()
+    return chosen if maskable is None else chosen & maskable
+
+
+def corrupt_tokens(
+    input_ids: Tensor,
+    chosen: Tensor,
+    mask_id: int,
+    vocab_size: int,
+    replace: tuple[float, float] = (0.8, 0.1),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """input_ids (B, T) with the chosen tokens hidden.
+
+    Of these, a share replace[0] becomes mask_id (the paper takes the plain token `_`), a share
+    replace[1] a random token below vocab_size; the rest stays, and still has to be predicted.
+    (0.8, 0.1) is BERT's rule (Devlin et al. 2019), used for Llama; (1, 0) is used for Mistral.
+    """
+    draw = torch.rand(input_ids.shape, generator=generator).to(input_ids.device)
     noise = torch.randint(vocab_size, input_ids.shape, generator=generator).to(input_ids.device)
-    hidden = torch.where(chosen & (fate < replace[0]), mask_id, input_ids)
-    swapped = chosen & (fate >= replace[0]) & (fate < sum(replace))
-    return torch.where(swapped, noise, hidden), chosen
-
-
-CHUNK = 2**25  # logits that are in memory at once
+    hidden = torch.where(chosen & (draw < replace[0]), mask_id, input_ids)
+    swapped = chosen & (draw >= replace[0]) & (draw < sum(replace))
+    return torch.where(swapped, noise, hidden)
 
 
 def mntp_loss(
@@ -765,24 +681,32 @@ def mntp_loss(
     """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.1).
 
     All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only states in front of
-    chosen tokens go through the vocabulary projection, as many at a time as make CHUNK logits; if
-    there are more, the backward pass computes their logits again. `total` divides the sum
-    instead of their number: the number in the whole batch, when this is a part of it.
+    chosen tokens go through the vocabulary projection. `total` divides the sum instead of the
+    number of chosen tokens: it is their number in the whole batch, when this is a part of one.
     """
-    hidden = decoder(masked_ids, segments)[:, :-1]  # state i - 1 ...
-    target = chosen[:, 1:]  # ... predicts token i
+    hidden = decoder(masked_ids, segments)[:, :-1]  # the state at i - 1 ...
+    target = chosen[:, 1:]  # ... predicts the token at i
+    loss = sum_of_cross_entropy(decoder, hidden[target], input_ids[:, 1:][target])
+    return loss / max(1, int(target.sum()) if total is None else total)
 
-    def loss_of(hidden: Tensor, token: Tensor) -> Tensor:
-        return F.cross_entropy(decoder.logits(hidden).float(), token, reduction="sum")
+
+CHUNK = 2**25  # logits that are in memory at once
+
+
+def sum_of_cross_entropy(decoder: Decoder, states: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of tokens (n,) given states (n, d), summed.
+
+    Many logits are computed in chunks, and again in the backward pass, instead of being kept.
+    """
+
+    def loss_of(states: Tensor, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(decoder.logits(states).float(), tokens, reduction="sum")
 
     n = max(1, CHUNK // decoder.config.vocab_size)
-    states, tokens = hidden[target].split(n), input_ids[:, 1:][target].split(n)
-    if len(states) == 1:
-        loss = loss_of(states[0], tokens[0])
-    else:
-        chunks = zip(states, tokens, strict=True)
-        loss = sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
-    return loss / max(1, int(target.sum()) if total is None else total)
+    if len(states) <= n:
+        return loss_of(states, tokens)
+    chunks = zip(states.split(n), tokens.split(n), strict=True)
+    return sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
 
 
 # --- Step 3: contrastive learning --------------------------------------------------------------
@@ -793,7 +717,7 @@ def mntp_loss(
 def contrastive_loss(
     query: Tensor, positive: Tensor, negative: Tensor | None = None, scale: float = 20.0
 ) -> Tensor:
-    """Cross-entropy, in nats, of picking each query's positive among all candidates by cosine.
+    """Cross-entropy, in nats, of picking the positive of each query among all candidates.
 
     Args:
         query, positive: (B, d); row i of one belongs to row i of the other.
@@ -801,39 +725,11 @@ def contrastive_loss(
         scale: inverse temperature, by which the cosine is multiplied.
     """
     candidates = positive if negative is None else torch.cat([positive, negative])
-    scores = F.normalize(query.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
-    return F.cross_entropy(scale * scores, torch.arange(len(query), device=query.device))
+    cosine = F.normalize(query.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
+    return F.cross_entropy(scale * cosine, torch.arange(len(query), device=query.device))
 
 
 # --- The encoder -------------------------------------------------------------------------------
-
-
-MTEB = {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "show_progress_bar"}
-
-
-def default_device() -> str:
-    """cuda, else mps (Apple's GPUs, on which this was never tried), else cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16; where it does not, float32 is faster.
-
-    NVIDIA's GPUs do from Ampere on (not T4 and V100, of which standard error then says so), CPUs
-    with AVX512-BF16 or AMX. Of Apple's it is not known here, so they count as if they did not.
-    """
-    if device.type == "cpu":
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch 2.6 and later
-        return any(getattr(torch.cpu, name, bool)() for name in names)
-    if device.type != "cuda":
-        return False
-    able = torch.cuda.is_bf16_supported(including_emulation=False)
-    if not able:
-        name = torch.cuda.get_device_name(device)
-        print(f"{name} has no bfloat16: computing in float32", file=sys.stderr)
-    return able
 
 
 class LLM2Vec:
@@ -866,19 +762,18 @@ class LLM2Vec:
         """Load a checkpoint folder and merge adapter folders into it, in the order given.
 
         template is the name of an instruct model's chat template, see TEMPLATES. device defaults to
-        the first of cuda, mps and cpu that is there, dtype to
-        bfloat16 on a GPU that has it, else float32.
+        the first of cuda, mps and cpu that is there; dtype to bfloat16 on a GPU that has it, else
+        to float32.
         """
         device = torch.device(device or default_device())
         if dtype is None:
             fast = device.type != "cpu" and has_bfloat16(device)
             dtype = torch.bfloat16 if fast else torch.float32
-        Config.from_pretrained(folder)  # complain of it and the tokenizer before reading weights
-        tokenizer = load_tokenizer(folder, template)
+        tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
         decoder = Decoder.from_pretrained(folder, dtype, device)
         decoder.config.is_causal = is_causal  # step 1 of the method, entire
         for adapter in adapters:
-            from lora import load_adapter, merge_lora  # the one thing that this file borrows
+            from lora import load_adapter, merge_lora  # adapters are the next file to read
 
             load_adapter(decoder, adapter)
             merge_lora(decoder)
@@ -887,45 +782,31 @@ class LLM2Vec:
     def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
         """Vectors, (B, d) float32, of rows that `tokenize` made, as one padded batch."""
         device = self.decoder.device
-        input_ids = pad([ids for ids, _ in rows], device)
-        own = pad([own for _, own in rows], device)
+        input_ids, own = (pad(side, device) for side in zip(*rows, strict=True))
         segments = None
         if len({len(ids) for ids, _ in rows}) > 1:
             segments = pad([[1] * len(ids) for ids, _ in rows], device)
         return pool(self.decoder(input_ids, segments), self.pooling, own)
 
+    @torch.inference_mode()
     def encode(
         self,
         texts: Sequence[str],
         instruction: str | None = None,
         max_tokens: int = 8192,
         progress: bool = False,
-        **mteb: object,
     ) -> np.ndarray:
         """Vectors of texts: a float32 array (N, d), not normalised, in the order of `texts`.
 
         Texts of like length share a batch of at most max_tokens tokens, padding included; a longer
-        text has one for itself. The same text gets the same vector whatever it is batched with.
-        Raises ValueError for a non-string. MTEB's encoder protocol passes batches that hold texts
-        under "text", and what it knows of the task, which is not needed here.
+        text has a batch for itself. The same text gets the same vector whatever it is batched with.
+        Raises ValueError for what is not a string.
         """
-        if mteb.keys() - MTEB:
-            raise TypeError(f"encode has no argument {min(mteb.keys() - MTEB)!r}")
-        if not isinstance(texts, str):
-            texts = list(texts)
-            if texts and isinstance(texts[0], dict):
-                texts = [text for batch in texts for text in batch["text"]]
         rows = tokenize(self.tokenizer, texts, self.max_length, instruction)
-        return self.encode_rows(rows, max_tokens, progress)
-
-    @torch.inference_mode()
-    def encode_rows(self, rows: Sequence, max_tokens: int, progress: bool = False) -> np.ndarray:
-        """`encode` of what `tokenize` made."""
-        self.decoder.train(False)
         vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
-        done = 0
-        lengths = [len(ids) for ids, _ in rows]
-        for batch in batches_by_length(lengths, max_tokens, self.decoder.least_tokens):
+        self.decoder.train(False)
+        done, lengths = 0, [len(ids) for ids, _ in rows]
+        for batch in batches_by_length(lengths, max_tokens, least_tokens(self.decoder)):
             vectors[batch] = self.embed([rows[i] for i in batch]).cpu().numpy()
             done += len(batch)
             if progress:
@@ -934,40 +815,14 @@ class LLM2Vec:
             print(file=sys.stderr)
         return vectors
 
-    mteb_model_meta = None  # MTEB scores whatever has this, `encode` and `similarity`
-
-    @staticmethod
-    def similarity(a: np.ndarray, b: np.ndarray) -> Tensor:
-        """Cosines of all rows of a (N, d) with all rows of b (M, d): (N, M)."""
-        a, b = (torch.from_numpy(np.array(x, np.float32)) for x in (a, b))
-        return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
-
-    @staticmethod
-    def similarity_pairwise(a: np.ndarray, b: np.ndarray) -> Tensor:
-        """Cosines of row i of a (N, d) with row i of b (N, d): (N,)."""
-        a, b = (torch.from_numpy(np.array(x, np.float32)) for x in (a, b))
-        return F.cosine_similarity(a, b, dim=-1)
-
     def save(self, folder: str | Path) -> None:
-        """Write an ordinary checkpoint: a Hugging Face folder with sentence-transformers' files.
+        """Write an ordinary checkpoint, with the files of sentence-transformers, for other tools.
 
-        transformers 5.2 and later honours its `"is_causal": false`; sentence-transformers gives the
-        same vectors. The folder takes its name when it is whole; a checkpoint of that name is
-        replaced. Raises ValueError if adapters are not merged, or the folder holds something else.
+        Raises ValueError if adapters are not merged, or if the folder holds something else.
         """
-        state = self.decoder.state_dict()
-        if any("lora_" in name for name in state):
-            raise ValueError("adapters are not merged: call merge_lora before save")
-        if any(weight.dtype not in FLOATS for weight in state.values()):
-            raise ValueError("4-bit weights are for training: save the weights as they were")
-        with new_folder(Path(folder)) as new:
-            for name, content in checkpoint_files(self).items():
-                (new / name).parent.mkdir(exist_ok=True)
-                (new / name).write_text(json.dumps(content, indent=2) + "\n")
-            # With an output head it is a causal-LM checkpoint, whose inner model is `model`.
-            prefix = "model." if self.decoder.can_predict else ""
-            named = {n if n == "lm_head.weight" else prefix + n: w for n, w in state.items()}
-            save_weights(named, new)
+        from data.export import save_encoder
+
+        save_encoder(self, Path(folder))
 
 
 def batches_by_length(
@@ -976,8 +831,7 @@ def batches_by_length(
     """Indices in batches of like length, longest first, each of at most max_tokens with padding.
 
     What is longer than that is a batch by itself. A text shorter than 7/8 of the longest starts a
-    new batch, if this one has `least` tokens: smaller ones save less padding than they cost in
-    speed (see `Decoder.least_tokens`).
+    new batch, if this one has `least` tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
@@ -989,300 +843,99 @@ def batches_by_length(
         order = order[n:]
 
 
-# --- Many processes ----------------------------------------------------------------------------
-# Under torchrun, `python llm2vec.py encode` shares the texts out; train.py shares each batch out.
+def least_tokens(decoder: Decoder) -> int:
+    """Tokens of a pass, fewer of which would take as long.
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def sum_of_ranks(vectors: np.ndarray) -> np.ndarray:
-    """The sum of all processes' arrays, each of which is zero where another's is not."""
-    if RANKS == 1:
-        return vectors
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    joined = torch.from_numpy(vectors).to(device)
-    torch.distributed.all_reduce(joined)
-    return joined.cpu().numpy()
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """Meet the other processes of torchrun; one that is silent for a minute ends the run."""
-    if RANKS == 1:
-        yield
-        return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    patience = datetime.timedelta(seconds=60)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-    try:
-        yield
-    except RuntimeError as error:  # what the backends raise
-        raise ValueError(f"process {RANK} of {RANKS} stopped: {error}") from None
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-# --- An ordinary checkpoint --------------------------------------------------------------------
-
-SHARD = 5 * 10**9  # bytes of weights in one file, at most, as on the Hugging Face hub
-NOTHING = "\u2063"  # a character that an exported tokenizer drops
-
-
-def save_weights(state: dict[str, Tensor], folder: Path) -> None:
-    """model.safetensors; or shards with their index, if there is more than SHARD of it."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = SHARD
-    for name, weight in state.items():
-        room -= weight.nbytes
-        if room < 0 and shards[-1]:
-            shards.append({})
-            room = SHARD - weight.nbytes
-        shards[-1][name] = weight.contiguous()
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        try:
-            save_file(shard, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # of a full disk, too
-            raise OSError(f"{folder / name}: {error}") from None
-    if len(shards) > 1:
-        total = sum(weight.nbytes for weight in state.values())
-        weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
-    """Every JSON file of a checkpoint folder, by name.
-
-    sentence-transformers averages all tokens, BOS included, but for those of a prompt. So where
-    the tokenizer puts BOS in front, the default prompt is a character that the tokenizer drops:
-    what is left of the prompt is BOS, which then is read and not averaged, as here. It allows for
-    one token behind a prompt; with a template that closes with more, its files are left out.
+    With fewer, a GPU waits for kernels to be launched, some hundred for each layer, and not for
+    arithmetic, of which each token needs as much as a layer has numbers.
     """
-    config, tokenizer = model.decoder.config, json.loads(model.tokenizer.to_str())
-    alone = model.tokenizer.encode("a")
-    own = alone.special_tokens_mask.index(0)
-    in_front = alone.ids[:own]
-    behind = [i for i, s in zip(alone.ids, alone.special_tokens_mask, strict=True) if s][own:]
-    drop = {"type": "Replace", "pattern": {"String": NOTHING}, "content": ""}
-    pre = tokenizer["pre_tokenizer"] or {}
-    if in_front and pre.get("prepend_scheme") == "first":  # with a prompt, it would not be first
-        pre["prepend_scheme"] = "always"
-    if in_front and NOTHING not in json.dumps(tokenizer["normalizer"], ensure_ascii=False):
-        steps = [drop, tokenizer["normalizer"]] if tokenizer["normalizer"] else [drop]
-        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
-    special = [t["content"] for t in tokenizer["added_tokens"] if t["id"] not in in_front]
-    other = next(i for i in range(len(in_front) + 1) if i not in in_front)
-    pad = (special or [model.tokenizer.id_to_token(other)])[0]
-    kind = "ForCausalLM" if model.decoder.can_predict else "Model"
-    family = {"smollm3": "SmolLM3"}.get(config.model_type, config.model_type.capitalize())
-    module = "sentence_transformers.models."
-    files = {
-        "config.json": vars(config)
-        | {
-            "architectures": [family + kind],
-            "hidden_act": "silu",
-            "pad_token_id": model.tokenizer.token_to_id(pad),
-            "torch_dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
-        },
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": pad,
-            "padding_side": "right",
-            "split_special_tokens": True,
-            "model_max_length": model.max_length,
-        }
-        | ({"eos_token": model.tokenizer.id_to_token(behind[0])} if len(behind) == 1 else {}),
-    }
-    if len(behind) > 1:
-        return files
-    return files | {
-        "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": module + "Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": module + "Pooling"},
-        ],
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": config.hidden_size,
-            **{f"pooling_mode_{n}": n == POOLING[model.pooling] for n in POOLING.values()},
-            "include_prompt": False,
-        },
-        "sentence_bert_config.json": {"max_seq_length": model.max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {
-            "prompts": {"default": NOTHING} if in_front else {},
-            "default_prompt_name": "default" if in_front else None,
-            "similarity_fn_name": "cosine",
-        },
-    }
+    if decoder.device.type == "cpu":
+        return 256
+    return 2**39 // sum(p.numel() for p in decoder.layers[0].parameters())
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `folder` at the end, if all went well.
+def default_device() -> str:
+    """cuda (of several GPUs, that of this process), else mps (Apple's, never tried), else cpu."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
-    A checkpoint of that name is replaced, whole; a folder of anything else is refused.
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16; where it does not, float32 is faster.
+
+    NVIDIA's GPUs do from Ampere on (not T4 and V100, of which standard error then says so), CPUs do
+    with AVX512-BF16 or AMX. Whether Apple's GPUs do was never tried here.
     """
-    known = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    if folder.exists() and not known:
-        raise ValueError(f"{folder}: exists and is not a checkpoint; remove it or choose another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
+    if device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch 2.6 and later
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not able:
+        print(f"{device} has no bfloat16: computing in float32", file=sys.stderr)
+    return able
+
+
+def compile_layers(decoder: Decoder) -> None:
+    """Have torch.compile fuse what each layer does between its matrix products.
+
+    On an H100, an MNTP step of a 7B model then takes 0.77 of the time, encoding 0.85, after a
+    minute of compiling. Lengths are variables of the compiled code, because batches differ in them.
+    Dropout draws what it draws uncompiled, so that the two passes of GradCache agree. How compiled
+    code rounds depends on its first batch: a resumed run does not end with the same bits.
+    """
+    torch._dynamo.config.cache_size_limit = 64  # a layer compiled too often is not compiled at all
+    for layer in decoder.layers:
+        layer.compile(dynamic=True, options={"fallback_random": True})
 
 
 # --- Command line ------------------------------------------------------------------------------
 
 
-def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | None = None) -> int:
-    """Write the vectors of a file's texts; returns their number. Memory is that of 8,192 texts.
-
-    Args:
-        source: a text a line, or JSON lines with a `text` field (.jsonl); `-` is standard input.
-        target: NumPy's format, float32 (N, d); or JSON lines (.jsonl, or `-` for standard output),
-            which repeat the fields of the input and add `vector`. It takes its name when whole.
-    """
-    as_json = target == "-" or target.endswith(".jsonl")
-    part = Path(f"{target}.part")
-    done, start = 0, time.monotonic()
-
-    def write_header(out: BinaryIO) -> None:  # numpy leaves room in it for a larger N
-        shape = (done, model.decoder.config.hidden_size)
-        fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(out, fields)
-
-    with contextlib.ExitStack() as stack:
-        lines, out = sys.stdin.buffer, sys.stdout.buffer
-        if source != "-":
-            lines = stack.enter_context(existing(Path(source), "--input names it").open("rb"))
-        if RANK > 0:  # takes part in the encoding; process 0 writes
-            out = stack.enter_context(open(os.devnull, "wb"))
-        elif target != "-":
-            stack.callback(part.unlink, missing_ok=True)
-            out = stack.enter_context(part.open("wb"))
-        if not as_json:
-            write_header(out)
-
-        def prepare(chunk: list[tuple[int, bytes]]) -> tuple[list[dict], list]:
-            records = [read_record(line, source, number) for number, line in chunk]
-            texts = [record["text"] for record in records[RANK::RANKS]]
-            return records, tokenize(model.tokenizer, texts, model.max_length, instruction)
-
-        numbered = enumerate(lines, start=1)
-        chunks = iter(lambda: list(itertools.islice(numbered, 4096)), [])
-        for records, rows in ahead(prepare, chunks):
-            vectors = np.zeros((len(records), model.decoder.config.hidden_size), np.float32)
-            vectors[RANK::RANKS] = model.encode_rows(rows, max_tokens=8192)
-            vectors = sum_of_ranks(vectors)
-            if as_json:
-                for record, vector in zip(records, vectors, strict=True):
-                    record["vector"] = [round(float(x), 6) for x in vector]
-                    line = json.dumps(record, ensure_ascii=False)
-                    out.write(line.encode("utf-8", "backslashreplace") + b"\n")
-            else:
-                out.write(vectors.tobytes())
-            done += len(records)
-            pace = done / (time.monotonic() - start)
-            if RANK == 0:
-                print(f"\r{done} texts, {pace:.0f} a second", end="", file=sys.stderr, flush=True)
-        if RANK == 0:
-            print(file=sys.stderr)
-        if RANK == 0 and target != "-":
-            if not as_json:
-                out.seek(0)
-                write_header(out)
-            out.flush()
-            os.fsync(out.fileno())
-            os.replace(part, target)
-    return done
+def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
+    """The flags of every command that takes a model."""
+    add = command.add_argument
+    add("--model", help="checkpoint folder", **how)
+    add("--adapters", nargs="*", default=[], help="adapter folders to merge first, in order")
+    add("--template", choices=TEMPLATES, help="what stands around a text, for an instruct model")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the weights")
+    add("--device", choices=("cuda", "mps", "cpu"), help="(default: the first that is there)")
+    text = "fuse the layers by torch.compile: it takes a minute, and pays on a GPU"
+    add("--compile", action="store_true", help=text)
 
 
-def ahead(function: Callable, items: Iterator) -> Iterator:
-    """function of each item, on another thread, while the result before it is in use."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        coming = None
-        for item in items:
-            after = thread.submit(function, item)
-            if coming:
-                yield coming.result()
-            coming = after
-        if coming:
-            yield coming.result()
-
-
-def read_record(line: bytes, source: str, number: int) -> dict:
-    """A line as {"text": ...} and whatever else its JSON object holds."""
-    try:
-        text = line.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
-        record = json.loads(text) if source.endswith(".jsonl") else {"text": text}
-        record["text"].encode()  # half a surrogate pair is no text
-        return record
-    except UnicodeDecodeError:
-        raise ValueError(f"{source}, line {number}: not UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError(f"{source}, line {number}: half a surrogate pair") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise ValueError(f"{source}, line {number}: expected a JSON object with a string `text`")
-
-
-def add_device(command: argparse.ArgumentParser) -> None:
-    """The flags of everything that takes a model: where it computes, and whether compiled."""
-    text = "cuda, mps or cpu (default: the first of them that is there)"
-    command.add_argument("--device", choices=("cuda", "mps", "cpu"), metavar="NAME", help=text)
-    text = "fuse each layer by torch.compile: it takes minutes, and pays on a GPU"
-    command.add_argument("--compile", action="store_true", help=text)
-
-
-def load(args: argparse.Namespace) -> LLM2Vec:
-    model = LLM2Vec.from_pretrained(
-        args.model, args.adapters, device=args.device, template=args.template
-    )
+def load(args: argparse.Namespace, **how) -> LLM2Vec:
+    """The model that the flags name."""
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    how = {"dtype": dtype, "device": args.device, "template": args.template} | how
+    model = LLM2Vec.from_pretrained(args.model, **{"adapters": args.adapters} | how)
     if args.compile:
         compile_layers(model.decoder)
     return model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python llm2vec.py", description="Turn texts into vectors."
-    )
+    parser = argparse.ArgumentParser(prog="python llm2vec.py", description="Turn texts to vectors.")
     commands = parser.add_subparsers(dest="command", required=True)
     encode = commands.add_parser("encode", help="write the vectors of a file's texts")
-    add = encode.add_argument
-    add("--input", required=True, help="a text a line, or .jsonl with `text`; - is standard input")
-    add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
+    text = "a text a line, or .jsonl with `text`; - is standard input"
+    encode.add_argument("--input", required=True, help=text)
+    text = ".npy, or .jsonl with `vector`; - is standard output"
+    encode.add_argument("--output", required=True, help=text)
     similar = commands.add_parser("similar", help="print the cosines between a few sentences")
     similar.add_argument("texts", nargs="+", help="sentences, each in quotation marks")
     for command in (encode, similar):
-        command.add_argument("--model", required=True, help="checkpoint folder")
-        command.add_argument("--adapters", nargs="*", default=[], help="folders to merge, in order")
+        add_model_flags(command, required=True)
         command.add_argument("--instruction", help="read in front of each text, not averaged")
-        command.add_argument("--template", help=f"of an instruct model: {', '.join(TEMPLATES)}")
-        add_device(command)
     args = parser.parse_args()
-    if args.command == "encode":
-        if RANKS > 1 and args.input == "-":
-            raise ValueError("--input - is for one process: give a file that each can read")
-        with processes():  # each takes its GPU before it loads the model
-            model = load(args)
-            encode_file(model, args.input, args.output, args.instruction)
-        return
     model = load(args)
-    vectors = model.encode(args.texts, args.instruction)
-    for row, text in zip(model.similarity(vectors, vectors), args.texts, strict=True):
+    if args.command == "encode":
+        from data.files import encode_file
+
+        encode_file(model, args.input, args.output, args.instruction)
+        return
+    vectors = F.normalize(torch.from_numpy(model.encode(args.texts, args.instruction)), dim=-1)
+    for row, text in zip((vectors @ vectors.T).tolist(), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
 
 
@@ -1291,12 +944,14 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        said = str(error) or "out of memory"
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        said = str(error)
+        if isinstance(error, MemoryError) or "memory" in said:
+            said = f"out of memory; --max-tokens, if there, may be lowered: {said}"
+        elif isinstance(error, RuntimeError):
             if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
-            said = "--compile: " + " ".join(said.partition("\n\n")[0].split())  # no C++ compiler
-        print(f"error: {said}", file=sys.stderr)
+            said = f"--compile: {said.partition(chr(10) * 2)[0]}"  # there is no C++ compiler
+        print("error:", " ".join(said.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

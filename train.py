@@ -1,32 +1,30 @@
-"""The three stages of LLM2Vec, from a causal checkpoint to a text encoder.
+"""The stages of LLM2Vec, from a causal checkpoint to a text encoder.
 
     python train.py                    all of it on the bundled tiny Llama, in minutes
     python train.py mntp ...           step 2 on your own Llama or Mistral folder
     python train.py simcse ...         step 3, on top of the adapter of step 2
     python train.py supervised ...     the fourth stage, for those who have pairs
-    python train.py evaluate ...       score a checkpoint, with or without adapters
-    python train.py inspect ...        see what looking both ways changes, layer by layer
-    python train.py plot RUN           see how a run went
 
 A stage is a function from a model and a corpus to an adapter: it freezes the weights, trains fresh
 adapters on them, and writes those. The next stage merges them first. The stages differ in their
-batches and their loss, and share the loop `fit`.
+batches and their loss, and share the loop `fit`. To add one, write its function and its entry in
+STAGES. Encoders are scored by `python -m data.benchmarks`, runs drawn by `python -m data.figures`.
 """
 
 import argparse
 import contextlib
+import datetime
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 # Batches differ in length: memory in pieces that can be joined again loses less to gaps. Torch
 # reads this once, when it is imported.
@@ -38,38 +36,22 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from data.benchmarks import (
-    BASELINES,
-    EWT,
-    STS_FILES,
-    STSB_TEST,
-    WNUT,
-    articles,
-    masked_accuracy,
-    sts,
-    words,
-)
+from data.benchmarks import BENCHMARKS, STS_FILES, baselines, evaluate, mask_id_of, table
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
-from data.figures import curves_svg, heat_map, heat_map_svg, layer_cosines, read_log
 from data.pairs import PAIRS, read_pairs
 from llm2vec import (
-    FAMILIES,
     POOLING,
-    RANK,
-    RANKS,
-    TEMPLATES,
     Decoder,
     LLM2Vec,
-    add_device,
+    add_model_flags,
     batches_by_length,
-    compile_layers,
     contrastive_loss,
     default_device,
     has_bfloat16,
-    is_out_of_memory,
+    least_tokens,
+    load,
     mask_tokens,
     mntp_loss,
-    processes,
     read_json,
     run,
     tokenize,
@@ -85,179 +67,151 @@ from lora import (
 )
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
-MASK_TOKEN = "_"  # the plain token that the paper hides others with
 
 # --- Settings ----------------------------------------------------------------------------------
 
 
+def setting(default: object, about: str, **how) -> object:
+    return field(default=default, metadata={"help": about} | how)
+
+
+CONTRASTIVE, MNTP = ("simcse", "supervised"), ("mntp",)
+
+
 @dataclass
 class Settings:
-    """Everything that a stage can be told."""
+    """Everything that a stage can be told. Each field is a flag of the command line."""
 
-    length: int  # tokens in a block (mntp), or at most in a text (simcse, supervised)
-    batch: int  # blocks, sentences or pairs in one optimiser step
-    steps: int  # optimiser steps
-    lr: float  # learning rate at its peak
-    warm_up: int = 0  # steps of linear warm-up before the linear decay to zero, see with_steps
-    rank: int = 16  # of the adapters
-    alpha: int = 32  # of the adapters, whose scale is alpha / rank
-    dropout: float = 0.05  # on the adapters' input
-    attention_dropout: float = 0.0  # on the attention weights: what makes SimCSE's views differ
-    mask_rate: float | None = None  # share of tokens hidden; None: by model_type, see MASKING
-    max_tokens: int = 8192  # in one forward pass, padding included; more are taken in parts
-    recompute: int = 0  # layers computed twice, to save memory
-    save_every: int = 50  # steps between two saved states
-    seed: int = 0
-
-
-SETTINGS = {
-    "mntp": {
-        "paper": Settings(length=512, batch=32, steps=1000, lr=5e-5),
-        "tiny": Settings(length=64, batch=16, steps=120, lr=2e-3, warm_up=10),
-        "laptop": Settings(length=128, batch=8, steps=250, lr=2e-3, warm_up=20, dropout=0.0),
-    },
-    "simcse": {
-        "paper": Settings(length=128, batch=128, steps=1000, lr=3e-5, attention_dropout=0.3),
-        # So small a model solves the paper's task at once: hence more dropout and a higher rate.
-        "tiny": Settings(length=24, batch=64, steps=40, lr=5e-3, warm_up=10, attention_dropout=0.6),
-        "laptop": Settings(
-            length=32, batch=32, steps=80, lr=1e-3, warm_up=8, attention_dropout=0.3, dropout=0.0
-        ),
-    },
-    "supervised": {
-        "paper": Settings(length=512, batch=512, steps=1000, lr=2e-4, warm_up=300),
-        "tiny": Settings(length=64, batch=32, steps=60, lr=2e-3, warm_up=10),
-        "laptop": Settings(length=64, batch=32, steps=40, lr=5e-4, warm_up=5, dropout=0.0),
-    },
-}
-
-# Share of tokens to hide; of those, the share that becomes the mask token and a random one.
-MASKING = dict.fromkeys(FAMILIES, (0.2, (0.8, 0.1))) | {"mistral": (0.8, (1.0, 0.0))}
+    length: int = setting(512, "tokens in a block (mntp), or at most in a text")
+    batch: int = setting(32, "blocks, sentences or pairs in one optimiser step")
+    steps: int = setting(1000, "optimiser steps")
+    epochs: int | None = setting(None, "times through the corpus, instead of --steps")
+    lr: float = setting(5e-5, "learning rate at its peak")
+    warm_up: int = setting(0, "steps of linear warm-up before the linear decay to zero")
+    rank: int = setting(16, "rank of the adapters")
+    alpha: float | None = setting(None, "scale of the adapters times rank; default twice the rank")
+    dropout: float = setting(0.05, "dropout on the input of the adapters")
+    attention_dropout: float = setting(0.0, "dropout on the attention weights")
+    mask_rate: float | None = setting(
+        None, "share of tokens hidden (default: 0.8 for mistral, else 0.2)", stages=MNTP
+    )
+    mask_token: str = setting("_", "the plain token that hides others", stages=MNTP)
+    scale: float = setting(20.0, "inverse temperature of the loss", stages=CONTRASTIVE)
+    pooling: str = setting("mean", "how states become a vector", stages=CONTRASTIVE)
+    max_tokens: int = setting(8192, "tokens in one forward pass; lower it to save memory")
+    recompute: int = setting(0, "layers computed twice to save memory; a GPU raises it itself")
+    save_every: int = setting(50, "steps between two saved states")
+    seed: int = setting(0, "seed of all that is random")
 
 
 # --- The loop ----------------------------------------------------------------------------------
 
-# One optimiser step's gradients: takes a batch, leaves gradients, returns its loss and tokens.
-Backward = Callable[[list], tuple[float, int]]
+
+class Trained(NamedTuple):
+    """What `fit` trains, and how it is written, read back, and left in the model at the end."""
+
+    start: Callable[[Decoder, Settings], list[nn.Parameter]]
+    write: Callable[[Decoder, Path], None]
+    read: Callable[[Decoder, Path], None]
+    settle: Callable[[Decoder], None]
+
+
+ADAPTERS = Trained(
+    lambda decoder, s: add_lora(decoder, s.rank, s.alpha, s.dropout),
+    save_adapter,
+    load_adapter,
+    lambda decoder: None if is_quantized(decoder) else merge_lora(decoder),
+)
 
 
 def fit(
     model: LLM2Vec,
     datasets: Sequence[Sequence],
-    backward: Backward,
+    backward: Callable[[list], tuple[float, int]],
     settings: Settings,
     folder: Path,
+    trained: Trained = ADAPTERS,
 ) -> None:
     """Train fresh adapters on a frozen model, write them to `folder`, and merge them.
 
-    A 4-bit model's stay unmerged.
-
-    AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. Everything
-    random in a step follows from the seed and the step's number, so a run that was stopped goes on
-    from its newest state and ends with the same bits as one that was not. `backward` leaves this
-    process's part of the gradients; see "Many processes" below.
+    AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. `backward`
+    takes a batch, leaves this process's part of the gradients, and returns its part of the loss and
+    the tokens of the batch.
+    Everything random in a step follows from the seed and the number of the step, so a run that was
+    stopped goes on from its newest state and ends with the same bits as one that was not.
     """
-    decoder = model.decoder
-    identity = asdict(settings) | {
-        "data": digest(itertools.chain(*datasets)),
-        "quantize": "nf4" if is_quantized(decoder) else None,
-        "model": digest_of(decoder),
-        "dtype": str(decoder.norm.weight.dtype),
-        "tokenizer": digest([model.tokenizer.to_str()]),
-        "processes": RANKS,
-    }
-    merge = (lambda _: None) if is_quantized(decoder) else merge_lora
-    if not on_rank_0_first(lambda: open_run(folder, identity)):
-        load_adapter(decoder, folder)  # this stage was finished before
-        merge(decoder)
-        return
+    decoder, batches = model.decoder, Batches(datasets, settings)
+    settings = batches.settings
+    run = Run(folder, settings, identity(model, datasets, settings))
+    if run.finished:
+        say(f"{folder}: finished before; --overwrite trains it anew")
+        trained.read(decoder, folder)
+        return trained.settle(decoder)
     torch.manual_seed(settings.seed)
-    parameters = add_lora(decoder.train(), settings.rank, settings.alpha, settings.dropout)
-    decoder.config.attention_dropout = settings.attention_dropout
-    decoder.recompute = min(settings.recompute, len(decoder.layers))
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
-    done = load_state(folder, parameters, optimizer)
-
-    def where(step: int) -> str:
-        epoch, place = divmod(step, len(slots_of(datasets, settings.batch)))
-        return f"step {step + 1} (batch {place + 1} of epoch {epoch + 1})"
-
-    with Log(folder / "log.jsonl", settings.steps, done) as log, stop_signals() as stop:
-        for step in range(done, settings.steps):
-            batch = batch_at(step, datasets, settings.batch, settings.seed)
-
-            def gradients(step: int = step, batch: list = batch) -> tuple[float, int]:
-                torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
-                return backward(batch)
-
-            try:
-                loss, tokens = within_memory(decoder, gradients)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                optimizer.zero_grad()
-                save_state(folder, step, parameters, optimizer)
-                what = f"--max-tokens ({settings.max_tokens}) or --length ({settings.length})"
-                raise ValueError(f"{where(step)}: out of memory; lower {what}: {error}") from None
-            loss, stopping = add_up(parameters, loss, bool(stop))
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not math.isfinite(loss + norm.item()):
-                save_state(folder, step, parameters, optimizer)
-                what = f"the loss is {loss} and the gradient's norm {norm.item()}"
-                raise ValueError(f"{where(step)}: {what}; the state before it is in {folder}")
-            lr = learning_rate(step, settings)
+    parameters = trained.start(decoder, settings)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+    with training(decoder, settings), run:
+        for step in range(run.restore(parameters, optimizer), settings.steps):
+            loss, tokens = within_memory(decoder, settings, step, backward, batches[step])
+            loss = sum_over_processes(parameters, loss)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            if not math.isfinite(loss + norm):
+                run.save(step, parameters, optimizer)
+                what = f"step {step + 1}: the loss is {loss} and the norm of the gradient {norm}"
+                raise ValueError(f"{what}; the state before it is in {folder}")
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = learning_rate(step, settings)
             optimizer.step()
             optimizer.zero_grad()
-            log(step + 1, loss, lr, tokens)
-            if stopping or (step + 1) % settings.save_every == 0:
-                save_state(folder, step + 1, parameters, optimizer)
-            if stopping:
-                say(f"\nstopped after step {step + 1}; the same command goes on from there")
-                sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    decoder.config.attention_dropout = 0.0
-    decoder.recompute = 0
-    decoder.train(False)
-    on_rank_0_first(lambda: finish(decoder, folder) if RANK == 0 else None)
-    merge(decoder)
+            run.log(step + 1, loss, learning_rate(step, settings), tokens)
+            if (step + 1) % settings.save_every == 0:
+                run.save(step + 1, parameters, optimizer)
+    run.finish(lambda: trained.write(decoder, folder))
+    trained.settle(decoder)
 
 
-def within_memory(decoder: Decoder, gradients: Callable[[], tuple[float, int]]) -> tuple:
-    """What `gradients` returns, where need be after more layers are computed twice.
+@contextlib.contextmanager
+def training(decoder: Decoder, settings: Settings) -> Iterator[None]:
+    """What training changes on a decoder, and puts back."""
+    before = decoder.training, decoder.config.attention_dropout, decoder.recompute
+    decoder.train()
+    decoder.config.attention_dropout = settings.attention_dropout
+    decoder.recompute = min(settings.recompute, len(decoder.layers))
+    try:
+        yield
+    finally:
+        decoder.train(before[0])
+        decoder.config.attention_dropout, decoder.recompute = before[1:]
 
-    A GPU that is short of memory says so, and each time an eighth of the layers is added. All that
-    is random in a step follows from its number, so it comes to the bits of a run that began so.
+
+def within_memory(
+    decoder: Decoder, settings: Settings, step: int, backward: Callable, batch: list
+) -> tuple[float, int]:
+    """`backward` of a batch, again with more layers recomputed where memory is short.
+
+    A GPU that is out of memory says so, and each time an eighth of the layers is added. The step
+    draws the same numbers again, so its bits are those of a run that had known.
     """
     layers, before = len(decoder.layers), decoder.recompute
     while True:
+        torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
         try:
-            result = gradients()
+            loss, tokens = backward(batch)
             break
-        except torch.OutOfMemoryError:
-            if RANKS > 1 or decoder.recompute >= layers:  # other processes would wait
-                raise
+        except torch.OutOfMemoryError as error:
+            if WORLD_SIZE > 1 or decoder.recompute >= layers:  # other processes would wait
+                what = f"step {step + 1}: out of memory; lower --max-tokens ({settings.max_tokens})"
+                raise ValueError(f"{what} or --length ({settings.length}): {error}") from None
         decoder.zero_grad()
         torch.cuda.empty_cache()
         decoder.recompute = min(layers, decoder.recompute + math.ceil(layers / 8))
     if decoder.recompute > before:
         n = decoder.recompute
         say(
-            f"memory is short: from here on {n} of {layers} layers are computed twice, as with "
-            f"--recompute {n}"
+            f"memory is short: from here on {n} of {layers} layers are computed twice, which "
+            f"--recompute {n} says from the start"
         )
-    return result
-
-
-def finish(decoder: Decoder, folder: Path) -> None:
-    save_adapter(decoder, folder)
-    for state in folder.glob("state-*.safetensors"):
-        state.unlink()
-
-
-def with_steps(settings: Settings, steps: int) -> Settings:
-    """The same settings for another number of steps; the warm-up keeps its share of them."""
-    return replace(settings, steps=steps, warm_up=settings.warm_up * steps // settings.steps)
+    return loss, tokens
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -267,254 +221,80 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.lr * min(rise, fall)
 
 
-def batch_at(step: int, datasets: Sequence[Sequence], size: int, seed: int) -> list:
-    """Batch number `step`, from one dataset: every item once an epoch, as seed and epoch order it.
+class Batches:
+    """Batch number `step`, each from one dataset; every item comes once an epoch.
 
-    What is left of a dataset when it is cut into batches waits for another epoch's order. A dataset
-    smaller than a batch is one.
-    """
-    slots = slots_of(datasets, size)
-    epoch, place = divmod(step, len(slots))
-    generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
-    orders = [torch.randperm(len(items), generator=generator) for items in datasets]
-    if len(datasets) > 1:  # their batches take turns at random
-        place = int(torch.randperm(len(slots), generator=generator)[place])
-    d, first, last = slots[place]
-    return [datasets[d][i] for i in orders[d][first:last].tolist()]
-
-
-def slots_of(datasets: Sequence[Sequence], size: int) -> list[tuple[int, int, int]]:
-    """The batches of an epoch: dataset, first item, behind the last item."""
-    slots = []
-    for d, items in enumerate(datasets):
-        n = min(size, len(items))
-        slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n)]
-    return slots
-
-
-# --- Many processes ----------------------------------------------------------------------------
-# torchrun starts a process for each GPU. Each has the whole model and draws the whole batch, but
-# computes on its share of it. Losses are divided by counts of the whole batch, never of a share, so
-# the sum of the processes' gradients is the gradient; only adapters have any, so it is small.
-
-
-def add_up(parameters: list[nn.Parameter], loss: float, stop: bool) -> tuple[float, bool]:
-    """Sum gradients and loss over all processes; stop if one was asked to."""
-    if RANKS == 1:
-        return loss, stop
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    both = torch.tensor([loss, stop], device=parameters[0].device)
-    everything = torch.cat([*(grad.flatten() for grad in grads), both])
-    torch.distributed.all_reduce(everything)
-    sizes = [p.numel() for p in parameters]
-    for p, grad in zip(parameters, everything[:-2].split(sizes), strict=True):
-        p.grad = grad.view_as(p)
-    return everything[-2].item(), bool(everything[-1] > 0)
-
-
-def on_rank_0_first(make: Callable[[], object]) -> object:
-    """What `make` returns, called once process 0 has done what has to be done once."""
-    result = make() if RANK == 0 else None
-    if RANKS > 1:
-        torch.distributed.barrier()
-    return result if RANK == 0 else make()
-
-
-def say(text: str) -> None:
-    if RANK == 0:
-        print(text, flush=True)
-
-
-# --- The run folder: what a stage leaves, and goes on from --------------------------------------
-# settings.json, log.jsonl, the newest two states while it runs, the adapter when it is done.
-
-
-def open_run(folder: Path, identity: dict) -> bool:
-    """Make or check a run folder; False if its stage is finished already.
-
-    Raises ValueError if the folder holds something else, or a run with other settings or data.
-    """
-    file = folder / "settings.json"
-    if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(
-                f"{folder}: is not empty and not a run folder; choose another --output"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
-    before = read_json(file)
-    changes_nothing = (
-        "max_tokens",
-        "recompute",
-        "save_every",
-    )  # but memory, time and dropout's random numbers
-    for key in (key for key in identity if key not in changes_nothing):
-        if before.get(key) != identity[key]:
-            change = f"{key} was {before.get(key)!r} and is {identity[key]!r}"
-            raise ValueError(
-                f"{folder}: a run with other settings, {change}; --overwrite restarts it"
-            )
-    return not (folder / "adapter_config.json").exists()
-
-
-def save_state(
-    folder: Path, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Write adapters and Adam's moments after `step` steps; keep this state and the one before."""
-    if RANK > 0:
-        return
-    tensors = {f"{i}.weight": p.detach() for i, p in enumerate(parameters)}
-    for i, p in enumerate(parameters):
-        tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
-    write_whole(folder / f"state-{step:08d}.safetensors", save_bytes(tensors))
-    for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
-        old.unlink()
-
-
-@torch.no_grad()
-def load_state(
-    folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> int:
-    """Go back to the newest whole state; returns the number of steps done, 0 without a state."""
-    for file in sorted(folder.glob("state-*.safetensors"), reverse=True):
-        try:
-            tensors = load_file(file)
-        except SafetensorError:
-            continue
-        for i, p in enumerate(parameters):
-            own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
-            p.copy_(own.pop("weight"))
-            if own:
-                optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
-        return int(file.stem.removeprefix("state-"))
-    return 0
-
-
-def digest(items: Iterable) -> str:
-    """A short fingerprint of training data, texts or blocks of tokens."""
-    sha = hashlib.sha256()
-    for item in items:
-        sha.update(item.encode() if isinstance(item, str) else item.numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
-def digest_of(decoder: Decoder) -> str:
-    """A short fingerprint of a model: of the first numbers of every weight."""
-    firsts = [p.detach().flatten()[:256].float().cpu() for p in decoder.parameters()]
-    return digest([torch.cat(firsts)])
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are added to, instead of ending the process in mid-step."""
-    received: list[int] = []
-    before = {s: signal.signal(s, lambda s, _: received.append(s)) for s in (2, 15)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """Loss (mean since the last line), learning rate, pace and time left, some hundred times.
-
-    As JSON lines in `file`, which starts again after step `done`, and as text on standard output:
-    in place on a terminal, a line now and then elsewhere.
+    The order follows from seed and epoch. What is left of a dataset when it is cut into batches
+    waits for the order of another epoch. A dataset smaller than a batch is one.
     """
 
-    def __init__(self, file: Path, steps: int, done: int):
-        text = file.read_text() if file.exists() else ""
-        whole = text[: text.rfind("\n") + 1].splitlines()  # the last one may have been cut off
-        kept = [line for line in whole if json.loads(line)["step"] <= done]
-        self.steps, self.first = steps, done
-        if RANK == 0:
-            write_whole(file, "".join(line + "\n" for line in kept).encode())
-        self.file = (file if RANK == 0 else Path(os.devnull)).open("a")
-        self.before = json.loads(kept[-1])["seconds"] if kept else 0.0
-        self.start = self.shown = self.last = time.monotonic()
-        self.losses, self.tokens = [], 0
+    def __init__(self, datasets: Sequence[Sequence], settings: Settings):
+        self.datasets, self.slots = datasets, []  # of an epoch: dataset, first item, behind last
+        for d, items in enumerate(datasets):
+            n = min(settings.batch, len(items))
+            self.slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n)]
+        if settings.epochs:
+            settings = with_steps(settings, settings.epochs * len(self.slots))
+        self.settings = settings
 
-    def __enter__(self) -> "Log":
-        return self
+    def __getitem__(self, step: int) -> list:
+        epoch, place = divmod(step, len(self.slots))
+        generator = torch.Generator().manual_seed(self.settings.seed + 1_000_003 * epoch)
+        orders = [torch.randperm(len(items), generator=generator) for items in self.datasets]
+        if len(orders) > 1:  # the batches of several datasets take turns at random
+            place = int(torch.randperm(len(self.slots), generator=generator)[place])
+        d, first, last = self.slots[place]
+        return [self.datasets[d][i] for i in orders[d][first:last].tolist()]
 
-    def __exit__(self, *_) -> None:
-        self.file.close()
-        if RANK == 0 and sys.stdout.isatty():
-            print()
 
-    def __call__(self, step: int, loss: float, lr: float, tokens: int) -> None:
-        self.losses.append(loss)
-        self.tokens += tokens
-        if RANK > 0 or step % max(1, self.steps // 100) and step < self.steps:
-            return
-        now = time.monotonic()
-        line = {
-            "step": step,
-            "steps": self.steps,
-            "loss": sum(self.losses) / len(self.losses),
-            "lr": lr,
-            "tokens_per_second": self.tokens / max(now - self.last, 1e-9),
-            "seconds": self.before + now - self.start,
-            "seconds_left": (now - self.start) / (step - self.first) * (self.steps - step),
-        }
-        print(json.dumps(line), file=self.file, flush=True)
-        self.losses, self.tokens, self.last = [], 0, now
-        minutes, seconds = divmod(round(line["seconds_left"]), 60)
-        text = (
-            f"step {step:4d} of {self.steps}  loss {line['loss']:.3f}  lr {lr:.1e}  "
-            f"{line['tokens_per_second']:,.0f} tokens/s  {minutes}:{seconds:02d} left"
-        )
-        if sys.stdout.isatty():
-            print(f"\r{text:<78}", end="", flush=True)
-        elif now - self.shown > 15 or step == self.steps:
-            print(text, flush=True)
-            self.shown = now
+def with_steps(settings: Settings, steps: int) -> Settings:
+    """The same settings for another number of steps; the warm-up keeps its share of them."""
+    return replace(settings, steps=steps, warm_up=settings.warm_up * steps // settings.steps)
 
 
 # --- Step 2: masked next-token prediction ------------------------------------------------------
 
 
-def mask_id_of(model: LLM2Vec) -> int:
-    mask_id = model.tokenizer.token_to_id(MASK_TOKEN)
-    if mask_id is None:
-        raise ValueError(f"the mask token {MASK_TOKEN!r} is not in the tokenizer's vocabulary")
-    return mask_id
-
-
 def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, folder: Path) -> None:
-    """Teach a model, now bidirectional, to use what it sees: adapters, trained and merged."""
-    mask_id, V = mask_id_of(model), model.decoder.config.vocab_size
-    rate, fate = MASKING[model.decoder.config.model_type]
-    rate = settings.mask_rate or rate
-    device = model.decoder.device
+    """Teach a model, now bidirectional, to use what it sees."""
+    mask_id, V = mask_id_of(model, settings.mask_token), model.decoder.config.vocab_size
+    # The paper hides more of Mistral's tokens, all behind the mask token (its appendix).
+    mistral = model.decoder.config.model_type == "mistral"
+    rate = settings.mask_rate or (0.8 if mistral else 0.2)
+    corruption = (1.0, 0.0) if mistral else (0.8, 0.1)
     added = model.tokenizer.get_added_tokens_decoder()
     special = torch.tensor([i for i, token in added.items() if token.special] or [-1])
-
-    # Only as many documents are tokenised as the run will read, in random order.
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(documents), generator=generator).tolist()
-    chunks = (order[i : i + 256] for i in range(0, len(order), 256))
-    rows = (e.ids for c in chunks for e in model.tokenizer.encode_batch([documents[i] for i in c]))
-    blocks = cut_into_blocks(rows, settings.length, limit=settings.steps * settings.batch)
+    blocks = blocks_of(model, documents, settings)
 
     def backward(batch: list[Tensor]) -> tuple[float, int]:
         ids = torch.stack(batch)
         maskable = ~torch.isin(ids, special)
-        masked, chosen = mask_tokens(ids, mask_id, V, rate, fate, maskable)
+        masked, chosen = mask_tokens(ids, mask_id, V, rate, corruption, maskable)
         total, loss = int(chosen.sum()), 0.0  # of all processes
         torch.manual_seed(torch.initial_seed() + 1 + RANK)  # for dropout
         n = max(1, settings.max_tokens // settings.length)
-        parts = zip(*(t[RANK::RANKS].split(n) for t in (masked, ids, chosen)), strict=True)
-        for part in parts:
-            if not len(part[0]):  # more processes than blocks
-                continue
-            part_loss = mntp_loss(model.decoder, *(t.to(device) for t in part), total=total)
-            part_loss.backward()
-            loss += part_loss.item()
+        shares = (t[RANK::WORLD_SIZE].to(model.decoder.device) for t in (masked, ids, chosen))
+        for part in zip(*(share.split(n) for share in shares), strict=True):
+            if len(part[0]):  # there may be more processes than blocks
+                part_loss = mntp_loss(model.decoder, *part, total=total)
+                part_loss.backward()
+                loss += part_loss.item()
         return loss, ids.numel()
 
     fit(model, [blocks], backward, settings, folder)
+
+
+def blocks_of(model: LLM2Vec, documents: Sequence[str], settings: Settings) -> Tensor:
+    """Token ids of documents in random order, end to end, cut into blocks: (number, length).
+
+    Only as many documents are tokenised as the run will read.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    chunks = (order[i : i + 256] for i in range(0, len(order), 256))
+    rows = (e.ids for c in chunks for e in model.tokenizer.encode_batch([documents[i] for i in c]))
+    limit = None if settings.epochs else settings.steps * settings.batch
+    return cut_into_blocks(rows, settings.length, limit)
 
 
 # --- Step 3: SimCSE ----------------------------------------------------------------------------
@@ -523,81 +303,93 @@ def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, fol
 def train_simcse(
     model: LLM2Vec, documents: Sequence[str], settings: Settings, folder: Path
 ) -> None:
-    """Teach a model that a sentence is like itself and unlike others: adapters, trained, merged.
+    """Teach a model that a sentence is like itself and unlike others.
 
-    Of equal sentences the corpus counts one: no batch holds a sentence as its own negative. A
-    corpus of fewer sentences than a batch is one batch.
+    Equal sentences of the corpus count as one, so that no batch holds a sentence as its own
+    negative.
     """
     texts = list(dict.fromkeys(s for document in documents for s in sentences(document)))
     if len(texts) < 2:
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
+    model.pooling = settings.pooling
+
+    def loss_of(vectors: Tensor) -> Tensor:
+        return contrastive_loss(*vectors.chunk(2), scale=settings.scale)
 
     def backward(batch: list[str]) -> tuple[float, int]:
-        rows = 2 * tokenize(model.tokenizer, batch, settings.length)  # dropout makes two views
-        return contrast(model, rows, lambda v: contrastive_loss(*v.chunk(2)), settings.max_tokens)
+        rows = tokenize(model.tokenizer, batch, settings.length)
+        return contrast(model, rows + rows, loss_of, settings.max_tokens)  # two dropout views
 
     fit(model, [texts], backward, settings, folder)
 
 
 def contrast(
-    model: LLM2Vec, rows: Sequence, loss_of: Callable[[Tensor], Tensor], max_tokens: int
+    model: LLM2Vec, rows: list, loss_of: Callable[[Tensor], Tensor], max_tokens: int
 ) -> tuple[float, int]:
     """Gradients of a contrastive batch; this process's share of its loss, and its tokens.
 
     loss_of takes the vectors of all rows, (len(rows), d), in their order. Rows of like length are
-    encoded together. A batch of more than max_tokens, or one that many processes share, still has
-    all its candidates, with exact gradients (GradCache, Gao et al. 2021, arXiv 2101.06983): encode
-    it in parts without keeping activations; take the loss's gradient with respect to the vectors;
-    encode each part again, with the same dropout, and pass its vectors' gradient on.
+    encoded together. A batch of more than max_tokens, or shared by processes, goes to `gradcache`.
     """
-    lengths, device = [len(ids) for ids, _ in rows], model.decoder.device
-    own = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::RANKS]
-    parts = [
-        [own[i] for i in part]
-        for part in batches_by_length(
-            [lengths[i] for i in own], max_tokens, model.decoder.least_tokens
-        )
-    ]
-    sizes = [len(part) * lengths[part[0]] for part in parts]
-    in_one_graph = RANKS == 1 and sum(sizes) <= max_tokens
+    lengths = [len(ids) for ids, _ in rows]
+    mine = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::WORLD_SIZE]
+    by_length = batches_by_length(
+        [lengths[i] for i in mine], max_tokens, least_tokens(model.decoder)
+    )
+    parts = [[mine[i] for i in part] for part in by_length]
+    padded = sum(len(part) * lengths[part[0]] for part in parts)
+    if WORLD_SIZE > 1 or padded > max_tokens:
+        return gradcache(model, rows, loss_of, parts), sum(lengths)
+    order = torch.tensor([i for part in parts for i in part])
+    vectors = torch.cat([model.embed([rows[i] for i in part]) for part in parts])
+    loss = loss_of(vectors[order.argsort()])
+    loss.backward()
+    return loss.item(), sum(lengths)
+
+
+def gradcache(
+    model: LLM2Vec, rows: list, loss_of: Callable[[Tensor], Tensor], parts: list[list[int]]
+) -> float:
+    """`contrast` in parts, with exact gradients and all candidates (GradCache, Gao et al. 2021).
+
+    Encode the parts without keeping activations; take the gradient of the loss with respect to the
+    vectors; encode each part again, with the same dropout, and pass the gradient of its vectors on.
+    """
     seed = int(torch.randint(2**62, ()))
 
     def vectors_of(part: list[int]) -> Tensor:
         torch.manual_seed(seed + part[0])
         return model.embed([rows[i] for i in part])
 
-    if in_one_graph:
-        order = torch.tensor([i for part in parts for i in part])
-        loss = loss_of(torch.cat([vectors_of(part) for part in parts])[order.argsort()])
-        loss.backward()
-        return loss.item(), sum(lengths)
-    vectors = torch.zeros(len(rows), model.decoder.config.hidden_size, device=device)
+    d = model.decoder.config.hidden_size
+    vectors = torch.zeros(len(rows), d, device=model.decoder.device)
     with torch.no_grad():
         for part in parts:
             vectors[part] = vectors_of(part)
-    if RANKS > 1:
-        torch.distributed.all_reduce(vectors)  # of zeros and one process's vector each
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(vectors)  # of zeros, and the vectors of one process each
     loss = loss_of(vectors.requires_grad_())
     loss.backward()
     for part in parts:
         vectors_of(part).backward(vectors.grad[part])
-    return loss.item() / RANKS, sum(lengths)
+    return loss.item() / WORLD_SIZE
 
 
-# --- The fourth stage: supervised contrastive learning -------------------------------------------
+# --- The fourth stage: supervised contrastive learning -----------------------------------------
 
 
 def train_supervised(
-    model: LLM2Vec, datasets: Sequence[Sequence[str]], settings: Settings, folder: Path
+    model: LLM2Vec, datasets: Sequence[Sequence[dict]], settings: Settings, folder: Path
 ) -> None:
-    """Teach a model that a query is like what answers it: adapters, trained and merged.
+    """Teach a model that a query is like what answers it.
 
     datasets: of `read_pairs`. A batch comes from one of them; every positive and every hard
     negative of the batch is a candidate for each of its queries (section 4 of the paper).
     """
+    model.pooling = settings.pooling
 
-    def backward(batch: list[str]) -> tuple[float, int]:
-        pairs, rows = [json.loads(pair) for pair in batch], []
+    def backward(pairs: list[dict]) -> tuple[float, int]:
+        rows = []
         for p in pairs:
             rows += tokenize(model.tokenizer, [p["query"]], settings.length, p["instruction"])
         answers = [p["positive"] for p in pairs] + [n for p in pairs for n in p["negatives"]]
@@ -605,124 +397,343 @@ def train_supervised(
 
         def loss_of(vectors: Tensor) -> Tensor:
             query, positive = vectors[: 2 * len(pairs)].chunk(2)
-            return contrastive_loss(query, positive, vectors[2 * len(pairs) :])
+            negative = vectors[2 * len(pairs) :]
+            return contrastive_loss(query, positive, negative, settings.scale)
 
         return contrast(model, rows, loss_of, settings.max_tokens)
 
     fit(model, datasets, backward, settings, folder)
 
 
-STAGES = {"mntp": train_mntp, "simcse": train_simcse, "supervised": train_supervised}
+# --- All that the program knows of a stage -----------------------------------------------------
 
 
-# --- Scores ------------------------------------------------------------------------------------
+class Stage(NamedTuple):
+    run: Callable[[LLM2Vec, Sequence, Settings, Path], None]
+    help: str
+    presets: dict[str, Settings]
+    encoder: bool = True  # whether an encoder is written beside the adapter
+    pairs: bool = False  # whether it learns from pairs instead of a corpus
 
 
-BENCHMARKS = ("sts", "articles", "words", "masked")
+# Each preset `paper` has the numbers of the paper's appendix. `tiny` is for the bundled model: so
+# small a model needs high rates, and more dropout, or it solves the task of SimCSE at once.
+# `laptop` is for SmolLM2-135M on two cores; it was chosen on STS-B dev.
+STAGES = {
+    "mntp": Stage(
+        train_mntp,
+        "Step 2: masked next-token prediction, on a model or on top of adapters.",
+        {
+            "paper": Settings(length=512, batch=32, lr=5e-5),
+            "tiny": Settings(length=64, batch=16, steps=120, lr=2e-3, warm_up=10),
+            "laptop": Settings(length=128, batch=8, steps=250, lr=2e-3, warm_up=20, dropout=0.0),
+        },
+        encoder=False,
+    ),
+    "simcse": Stage(
+        train_simcse,
+        "Step 3: unsupervised contrastive learning; writes the encoder too.",
+        {
+            "paper": Settings(length=128, batch=128, lr=3e-5, attention_dropout=0.3),
+            "tiny": Settings(
+                length=24, batch=64, steps=40, lr=5e-3, warm_up=10, attention_dropout=0.6
+            ),
+            "laptop": Settings(
+                length=32,
+                batch=32,
+                steps=80,
+                lr=1e-3,
+                warm_up=8,
+                attention_dropout=0.3,
+                dropout=0.0,
+            ),
+        },
+    ),
+    "supervised": Stage(
+        train_supervised,
+        "The fourth stage: contrastive learning on pairs; writes the encoder too.",
+        {
+            "paper": Settings(length=512, batch=512, lr=2e-4, warm_up=300),
+            "tiny": Settings(length=64, batch=32, steps=60, lr=2e-3, warm_up=10),
+            "laptop": Settings(length=64, batch=32, steps=40, lr=5e-4, warm_up=5, dropout=0.0),
+        },
+        pairs=True,
+    ),
+}
 
 
-def evaluate(
-    model: LLM2Vec,
-    held_out: Sequence[str],
-    benchmarks: Sequence[str] = ("sts", "masked"),
-    sts_files: str | Path | Sequence[str | Path] = STSB_TEST,
-    columns: Sequence[Sequence[str | Path]] = (EWT, WNUT),
-) -> dict[str, float]:
-    """Scores by name, see data/benchmarks.py; masked tokens are those of held-out documents."""
-    masked = "masked" in benchmarks and model.decoder.can_predict
-    if masked:  # what may be wrong with them is said before the long work
-        rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
-        blocks, mask_id = cut_into_blocks(rows, length=128, limit=256), mask_id_of(model)
-    scores = sts(model, sts_files) if "sts" in benchmarks else {}
-    if "articles" in benchmarks:
-        scores |= articles(model)
-    if "words" in benchmarks:
-        for train, test in columns:
-            scores |= words(model, train, test, {EWT[1]: "POS", WNUT[1]: "NER"}.get(test))
-    if masked:
-        scores["masked tokens"] = masked_accuracy(model, blocks, mask_id)
-    return scores
+# --- Many processes ----------------------------------------------------------------------------
+# torchrun starts a process for each GPU. Each has the whole model and draws the whole batch, but
+# computes on its share of it. Losses are divided by counts of the whole batch, never of a share, so
+# the sum of the processes' gradients is the gradient; only adapters have any, so it is small.
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
-    """The encoders that a causal model is without training, by name."""
-    for name, (kind, pooling) in BASELINES.items():
-        yield name, kind(model.decoder, model.tokenizer, pooling, model.max_length)
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Meet the other processes of torchrun; one that is silent for a minute ends the run."""
+    if WORLD_SIZE == 1:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    patience = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    try:
+        yield
+    except RuntimeError as error:  # what the backends raise
+        raise ValueError(f"process {RANK} of {WORLD_SIZE} stopped: {error}") from None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of scores as a Markdown table, which is as readable in a terminal."""
-    columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
-    columns.sort(key=lambda key: key == "seconds")  # last
-    first = max(map(len, rows))
-    lines = [" | ".join([" " * first, *(f"{c:>6}" for c in columns)])]
-    lines.append(" | ".join(["-" * first, *("-" * (max(6, len(c)) - 1) + ":" for c in columns)]))
-    for name, scores in rows.items():
-        cells = [
-            f"{scores[c]:.{0 if c == 'seconds' else 3}f}" if c in scores else "" for c in columns
-        ]
-        cells = [f"{x:>{max(6, len(c))}}" for x, c in zip(cells, columns, strict=True)]
-        lines.append(" | ".join([f"{name:{first}}", *cells]))
-    return "\n".join(f"| {line} |" for line in lines)
+def sum_over_processes(parameters: list[nn.Parameter], loss: float) -> float:
+    """Sum the gradients over all processes; returns the sum of the losses."""
+    if WORLD_SIZE == 1:
+        return loss
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = torch.tensor([loss], device=parameters[0].device)
+    joined = torch.cat([*(grad.flatten() for grad in grads), total])
+    torch.distributed.all_reduce(joined)
+    sizes = [p.numel() for p in parameters]
+    for p, grad in zip(parameters, joined[:-1].split(sizes), strict=True):
+        p.grad = grad.view_as(p)
+    return joined[-1].item()
+
+
+def once(work: Callable[[], object]) -> None:
+    """Do on process 0 what is done once; the others wait for it."""
+    if RANK == 0:
+        work()
+    if WORLD_SIZE > 1:
+        torch.distributed.barrier()
+
+
+def say(text: str) -> None:
+    if RANK == 0:
+        print(text, flush=True)
+
+
+# --- The run folder ----------------------------------------------------------------------------
+
+
+def identity(model: LLM2Vec, datasets: Sequence[Sequence], settings: Settings) -> dict:
+    """What a run must have in common with one that it goes on from, or is taken for."""
+    decoder, here = model.decoder, Path(__file__).parent
+    firsts = [p.detach().flatten()[:256].float().cpu() for p in decoder.parameters()]
+    return asdict(settings) | {
+        "code": digest((here / n).read_text() for n in ("llm2vec.py", "lora.py", "train.py")),
+        "data": digest(item for items in datasets for item in items),
+        "model": digest([torch.cat(firsts), decoder.config]),
+        "quantize": "nf4" if is_quantized(decoder) else None,
+        "dtype": str(decoder.norm.weight.dtype),
+        "tokenizer": digest([model.tokenizer.to_str()]),
+        "processes": WORLD_SIZE,
+    }
+
+
+def digest(items: Iterable) -> str:
+    """A short fingerprint of texts, blocks of tokens, or anything that prints itself."""
+    sha = hashlib.sha256()
+    for item in items:
+        sha.update(item.numpy().tobytes() if isinstance(item, Tensor) else str(item).encode())
+    return sha.hexdigest()[:16]
+
+
+class Run:
+    """What a stage leaves in its folder, and goes on from.
+
+    settings.json, log.jsonl, the newest two states while it runs, the adapter once it is done.
+    Raises ValueError if the folder holds something else, or a run of other settings, data or code.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, identity: dict):
+        self.folder, self.settings, self.file = folder, settings, None
+        once(lambda: self.open(identity))
+        self.finished = (folder / "adapter_config.json").exists()
+
+    def open(self, identity: dict) -> None:
+        file = self.folder / "settings.json"
+        if not file.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                what = "is not empty and not a run folder; choose another --output"
+                raise ValueError(f"{self.folder}: {what}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
+        before = read_json(file)
+        for key in identity.keys() - {"max_tokens", "recompute", "save_every"}:  # same result
+            if before.get(key) != identity[key]:
+                change = f"{key} was {before.get(key)!r} and is {identity[key]!r}"
+                what = f"a run with other settings, {change}; --overwrite trains it anew"
+                raise ValueError(f"{self.folder}: {what}")
+
+    def restore(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+        """Go back to the newest complete state; returns the number of steps done."""
+        done = 0
+        for file in sorted(self.folder.glob("state-*.safetensors"), reverse=True):
+            try:
+                tensors = load_file(file)
+            except SafetensorError:  # cut off by a full disk
+                continue
+            done = int(file.stem.removeprefix("state-"))
+            for i, p in enumerate(parameters):
+                own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
+                p.data.copy_(own.pop("weight"))
+                optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
+            break
+        self.open_log(done)
+        return done
+
+    def save(self, step: int, parameters: list[nn.Parameter], optimizer) -> None:
+        """Write parameters and Adam's moments after `step` steps; keep this state and the last."""
+        if RANK > 0:
+            return
+        tensors = {}
+        for i, p in enumerate(parameters):
+            tensors[f"{i}.weight"] = p.detach()
+            tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
+        write_whole(self.folder / f"state-{step:08d}.safetensors", save_bytes(tensors))
+        for old in sorted(self.folder.glob("state-*.safetensors"))[:-2]:
+            old.unlink()
+
+    def finish(self, write: Callable[[], None]) -> None:
+        once(write)
+        for state in self.folder.glob("state-*.safetensors") if RANK == 0 else ():
+            state.unlink()
+
+    def open_log(self, done: int) -> None:
+        """Keep the lines of the log up to step `done`."""
+        file = self.folder / "log.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
+        if RANK == 0:
+            write_whole(file, "".join(lines).encode())
+            self.file = file.open("a")
+        self.first, self.before = done, json.loads(lines[-1])["seconds"] if lines else 0.0
+        self.start = self.shown = time.monotonic()
+        self.losses, self.tokens = [], 0
+
+    def log(self, step: int, loss: float, lr: float, tokens: int) -> None:
+        """Loss (mean since the last line), learning rate and pace, in some hundred lines."""
+        self.losses.append(loss)
+        self.tokens += tokens
+        if RANK > 0 or step % max(1, self.settings.steps // 100) and step < self.settings.steps:
+            return
+        seconds, steps = time.monotonic() - self.start, self.settings.steps
+        line = {
+            "step": step,
+            "steps": steps,
+            "loss": sum(self.losses) / len(self.losses),
+            "lr": lr,
+            "seconds": self.before + seconds,
+            "tokens_per_second": self.tokens / max(seconds, 1e-9),
+        }
+        print(json.dumps(line), file=self.file, flush=True)
+        self.losses = []
+        left = datetime.timedelta(seconds=round(seconds / (step - self.first) * (steps - step)))
+        text = f"step {step:4d} of {steps}  loss {line['loss']:.3f}  lr {lr:.1e}  "
+        text += f"{line['tokens_per_second']:,.0f} tokens/s  {left} left"
+        if sys.stdout.isatty():
+            print(f"\r{text:<78}", end="\n" if step == steps else "", flush=True)
+        elif time.monotonic() - self.shown > 15 or step == steps:
+            print(text, flush=True)
+            self.shown = time.monotonic()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
 # --- Commands ----------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace, adapters: Sequence[str] = (), **how) -> LLM2Vec:
-    device = torch.device(args.device or default_device())
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    if dtype is None:
-        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
-    how = {"dtype": dtype, "device": device, "template": args.template} | how
-    model = LLM2Vec.from_pretrained(args.model, adapters, **how)
-    if args.compile:
-        compile_layers(model.decoder)
-    return model
+def load_for_training(args: argparse.Namespace, **how) -> LLM2Vec:
+    """The model that the flags name; in bfloat16 where the hardware has it, a CPU's too."""
+    if args.dtype is None:
+        fast = has_bfloat16(torch.device(args.device or default_device()))
+        how = {"dtype": torch.bfloat16 if fast else torch.float32} | how
+    return load(args, **how)
+
+
+def settings_of(stage: str, args: argparse.Namespace) -> Settings:
+    """The preset, changed by the flags."""
+    settings = STAGES[stage].presets[args.preset]
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    settings = with_steps(settings, given["steps"] or settings.steps)
+    return replace(settings, **{name: v for name, v in given.items() if v is not None})
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    stage, settings, output = (
+        STAGES[args.command],
+        settings_of(args.command, args),
+        Path(args.output),
+    )
+    if args.quantize and args.compile:  # torch would keep decoded weights for the backward pass
+        raise ValueError("--compile: not with --quantize nf4, whose 4 bits it would undo")
+    if stage.pairs:
+        data = read_pairs(args.pairs, args.instructions)
+    else:
+        data, _ = split_documents(read_documents(args.corpus, args.errors))
+    how = {"device": "cpu"} if args.quantize else {}  # what does not fit on a GPU as it is
+    model = load_for_training(args, **how)
+    if args.quantize:
+        quantize_nf4(model.decoder, args.device or default_device())
+    once(lambda: clear(output, args.overwrite))
+    stage.run(model, data, settings, output)
+    say(f"The adapter is in {output}")
+    if stage.encoder and RANK == 0:
+        if args.quantize:  # merge into the weights as they were
+            model = load_for_training(args, adapters=[*args.adapters, output], device="cpu")
+            model.pooling = settings.pooling
+        save_and_say(model, output / "encoder")
 
 
 def run_everything(args: argparse.Namespace) -> None:
-    """The whole method, scored before and after each step; by default on the bundled tiny Llama."""
-    output = Path(args.output)
-    documents, held_out = split_documents(read_documents(WIKIPEDIA))
-    rows: dict[str, dict[str, float]] = {}
+    """The stages in order, scored before and after each; by default on the bundled tiny Llama."""
+    output, rows = Path(args.output), {}
+    documents, held_out = split_documents(read_documents(args.corpus))
 
     def score(name: str, model: LLM2Vec, training: float = 0.0) -> None:
         start = time.monotonic()
-        if not args.compare:
-            rows[name] = evaluate(model, held_out)
-        elif type(model) is LLM2Vec and model.pooling == "mean":
-            rows[name] = evaluate(model, held_out, BENCHMARKS, STS_FILES)
-        else:  # the words' states do not depend on how a text is pooled
-            rows[name] = evaluate(model, held_out, ("sts", "articles"), STS_FILES)
+        which = ("sts", "masked")
+        if args.compare:  # the states of words do not depend on how a text is pooled
+            whole = type(model) is LLM2Vec and model.pooling == "mean"
+            which = BENCHMARKS if whole else ("sts", "articles")
+        how = {"sts_files": STS_FILES} if args.compare else {}
+        rows[name] = evaluate(model, held_out, which, **how)
         rows[name]["seconds"] = training + time.monotonic() - start
         print(f"{name}: {json.dumps(rows[name])}", flush=True)
 
     def train(model: LLM2Vec, stage: str, folder: Path) -> float:
-        settings = SETTINGS[stage][args.preset]
-        if args.steps:
-            settings = with_steps(settings, args.steps)
+        settings = settings_of(stage, args)
         what = f"{settings.steps} steps of {settings.batch} x {settings.length} tokens"
         print(f"{stage}: {what}", flush=True)
         clear(folder, args.overwrite)
-        STAGES[stage](model, documents, settings, folder)
+        data = read_pairs([PAIRS]) if STAGES[stage].pairs else documents
+        STAGES[stage].run(model, data, settings, folder)
         return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
 
-    model = load(args, is_causal=True)
+    model = load_for_training(args, is_causal=True)
     for name, baseline in baselines(model) if args.compare else [("causal", model)]:
         score(name, baseline)
     model.decoder.config.is_causal = False  # step 1
     score("bidirectional, untrained", model)
-    score("+ MNTP", model, train(model, "mntp", output / "mntp"))
-    score("+ SimCSE", model, train(model, "simcse", output / "simcse"))
+    for stage in args.stages:
+        score(f"+ {stage}", model, train(model, stage, output / stage))
     model.save(output / "encoder")
     if args.compare:
         del model, baseline  # room for another
-        model = load(args)
-        score("SimCSE without MNTP", model, train(model, "simcse", output / "simcse-alone"))
+        model = load_for_training(args)
+        score("simcse alone", model, train(model, "simcse", output / "simcse-alone"))
     write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
     print(f"\n{table(rows)}\n")
-    print_next(output / "encoder")
+    save_and_say(None, output / "encoder")
 
 
 def clear(folder: Path, overwrite: bool) -> None:
@@ -731,216 +742,97 @@ def clear(folder: Path, overwrite: bool) -> None:
         shutil.rmtree(folder)
 
 
-def print_next(encoder: Path) -> None:
+def save_and_say(model: LLM2Vec | None, encoder: Path) -> None:
+    if model is not None:
+        model.save(encoder)
     print("The encoder is an ordinary checkpoint folder. Try it on your own sentences:")
     example = '"A man plays a guitar." "Someone makes music." "Stocks fell sharply."'
     print(f"  python llm2vec.py similar --model {encoder} {example}")
     print(f"  python llm2vec.py encode --model {encoder} --input texts.txt --output vectors.npy")
 
 
-def run_stage(args: argparse.Namespace) -> None:
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    settings = SETTINGS[args.command][args.preset]
-    settings = with_steps(settings, args.steps or settings.steps)
-    settings = replace(
-        settings, **{f.name: given[f.name] for f in fields(Settings) if f.name in given}
+def add_settings(command: argparse.ArgumentParser, stage: str) -> None:
+    """A flag for each field of Settings that the stage has, with the values of the presets."""
+    for f in fields(Settings):
+        if stage not in f.metadata.get("stages", STAGES):
+            continue
+        values = {p: getattr(s, f.name) for p, s in STAGES[stage].presets.items()}
+        if len(set(values.values())) == 1:
+            values = {} if f.default is None else {"default": values["paper"]}
+        shown = ", ".join(f"{preset}: {value}" for preset, value in values.items())
+        about = f.metadata["help"] + (f" ({shown})" if shown else "")
+        how = {"choices": POOLING} if f.name == "pooling" else {"type": value_of(f)}
+        how |= {"metavar": "TEXT" if f.type is str else "N"}
+        command.add_argument("--" + f.name.replace("_", "-"), help=about, **how)
+
+
+def value_of(setting: Field) -> Callable[[str], object]:
+    """A parser of a setting's values: text, or a number within bounds; 0 only where it is of use."""
+    if setting.type is str:
+        return str
+    kind = int if setting.type in (int, int | None) else float
+    share = "rate" in setting.name or "dropout" in setting.name
+    least = (
+        0 if setting.default == 0 or "dropout" in setting.name else kind(1) if kind is int else 1e-9
     )
-    if args.compile and args.quantize:  # torch would keep decoded weights for the backward pass
-        raise ValueError("--compile: not with --quantize nf4, whose 4 bits it would undo")
-    if args.command == "supervised":
-        data = read_pairs(args.pairs, args.instructions)
-    else:
-        data, _ = split_documents(read_documents(args.corpus, args.errors))
-    model = load(args, args.adapters, **({"device": "cpu"} if args.quantize else {}))
-    if args.quantize:  # what does not fit on a GPU as it is, passes through the machine's memory
-        quantize_nf4(model.decoder, args.device or default_device())
-    if RANK == 0:
-        clear(Path(args.output), args.overwrite)
-    STAGES[args.command](model, data, settings, Path(args.output))
-    say(f"The adapter is in {args.output}")
-    if args.command != "mntp" and RANK == 0:
-        if args.quantize:
-            model = load(args, [*args.adapters, args.output], device="cpu")
-        model.save(Path(args.output) / "encoder")
-        print_next(Path(args.output) / "encoder")
+    most = 0.99 if share else 1e9
 
+    def parse(text: str) -> int | float:
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most:g}")
+        return kind(text)
 
-def held_out_of(corpus: str) -> list[str]:
-    _, held_out = split_documents(read_documents(corpus))
-    if not held_out:
-        raise ValueError(f"{corpus}: none of its documents is held out, which is one in fifty")
-    return held_out
-
-
-def run_evaluate(args: argparse.Namespace) -> None:
-    held_out = held_out_of(args.corpus)
-    names = [Path(test).stem for _, test in args.words or ()]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--words: test files of one name ({', '.join(names)}) have one score")
-    model = load(args, args.adapters, pooling=args.pooling, is_causal=args.causal)
-
-    def score(encoder: LLM2Vec, which: Sequence[str]) -> dict[str, float]:
-        start = time.monotonic()
-        scores = evaluate(encoder, held_out, which, args.sts, args.words or (EWT, WNUT))
-        return scores | {"seconds": time.monotonic() - start}
-
-    rows = {Path(args.model).name: score(model, args.benchmarks)}
-    del model  # room for another
-    if args.baselines:
-        which = [name for name in args.benchmarks if name in ("sts", "articles")]
-        untrained = baselines(load(args, is_causal=True))
-        rows = {name: score(baseline, which) for name, baseline in untrained} | rows
-    print(table(rows))
-    print(json.dumps(rows[Path(args.model).name] if len(rows) == 1 else rows))
-
-
-def run_inspect(args: argparse.Namespace) -> None:
-    held_out = held_out_of(args.corpus)
-    texts = [sentence for document in held_out for sentence in sentences(document)][:200]
-    model = load(args)
-    panels = {Path(args.model).name: layer_cosines(model, texts)}
-    for adapter in args.adapters:
-        load_adapter(model.decoder, adapter)
-        merge_lora(model.decoder)
-        panels[f"+ {Path(adapter).name}"] = layer_cosines(model, texts)
-    for title, cosines in panels.items():
-        print(heat_map(cosines, title))
-    write_whole(Path(args.output), heat_map_svg(panels).encode())
-    print(f"{args.output}: the same as a picture")
-
-
-def run_plot(args: argparse.Namespace) -> None:
-    file = Path(args.run_folder) / "curves.svg"
-    write_whole(file, curves_svg(read_log(args.run_folder)).encode())
-    print(file)
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse says: invalid ...
+    return parse
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python train.py",
-        description="Turn a causal language model into a text encoder. Without a command: all "
-        "three steps, by default on the bundled tiny Llama, in minutes.",
+        description="Turn a causal language model into a text encoder. Without a command: the "
+        "stages in order, by default on the bundled tiny Llama, in minutes.",
     )
-    again = {"action": "store_true", "help": "start anew instead of going on"}
-
-    def add_model(command: argparse.ArgumentParser, **how) -> None:
-        command.add_argument("--model", help="checkpoint folder", **how)
-        text = f"what stands around a text, one of {', '.join(TEMPLATES)}"
-        command.add_argument("--template", choices=TEMPLATES, metavar="NAME", help=text)
-        types = ("float32", "bfloat16")
-        command.add_argument("--dtype", choices=types, help="(default: bfloat16 if in hardware)")
-        add_device(command)
-
+    corpus = "a document a line, or .jsonl with `text` (default: bundled Wikipedia)"
+    overwrite = {"action": "store_true", "help": "start anew instead of going on"}
     add = top.add_argument
-    add_model(top, default=TINY)
-    add("--preset", default="tiny", choices=SETTINGS["mntp"], help="(default: %(default)s)")
+    add_model_flags(top, default=TINY)
+    add("--stages", nargs="+", choices=STAGES, default=["mntp", "simcse"], help="in this order")
+    add("--preset", default="tiny", choices=STAGES["mntp"].presets, help="(default: %(default)s)")
+    add("--corpus", default=WIKIPEDIA, help=corpus)
     add("--output", default="runs/tiny", help="run folder (default: %(default)s)")
-    add("--steps", type=positive, help="steps of each stage (default: its settings)")
+    steps = next(f for f in fields(Settings) if f.name == "steps")
+    add("--steps", type=value_of(steps), help="steps of each stage (default: its settings)")
     add("--compare", action="store_true", help="with every benchmark, baseline, and SimCSE alone")
-    add("--overwrite", **again)
+    add("--overwrite", **overwrite)
     top.set_defaults(run=run_everything)
-    commands = top.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for name, about in COMMANDS.items():
-        needed = "RUN" if name == "plot" else "--model MODEL [options]"
-        usage = f"python train.py {name} {needed}"
-        command = commands.add_parser(name, help=about, description=about, usage=usage)
+    commands = top.add_subparsers(dest="command", title="stages", metavar="STAGE")
+    for name, stage in STAGES.items():
+        usage = f"python train.py {name} --model MODEL --output RUN [options]"
+        command = commands.add_parser(name, help=stage.help, description=stage.help, usage=usage)
+        command.set_defaults(run=run_stage)
         add = command.add_argument
-        if name == "plot":
-            command.set_defaults(run=run_plot)
-            add("run_folder", metavar="RUN", help="folder with a log.jsonl, or with such folders")
-            continue
-        add_model(command, required=True)
-        add("--adapters", nargs="*", default=[], help="adapter folders to merge first, in order")
-        if name == "supervised":
+        add_model_flags(command, required=True)
+        if stage.pairs:
             text = "JSON lines with query, positive, perhaps negative and instruction, or a folder"
             add("--pairs", nargs="+", default=[PAIRS], metavar="FILE", help=text + " of such files")
             text = "in front of the queries: one for each of --pairs, or one for all"
             add("--instructions", nargs="+", default=[None], metavar="TEXT", help=text)
         else:
-            text = "text, a document a line, or .jsonl with `text` (default: bundled Wikipedia)"
-            add("--corpus", default=WIKIPEDIA, help=text)
-        if name == "evaluate":
-            command.set_defaults(run=run_evaluate)
-            text = f"any of {', '.join(BENCHMARKS)} (default: all)"
-            add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help=text)
-            text = "score<TAB>a<TAB>b lines (default: STS12, STS15 and STS-B test)"
-            add("--sts", nargs="+", default=STS_FILES, metavar="FILE", help=text)
-            text = "column files to probe words with (default: EWT tags and WNUT-17 entities)"
-            pair = {"nargs": 2, "action": "append", "metavar": ("TRAIN", "TEST")}
-            add("--words", **pair, help=text)
-            add("--pooling", default="mean", choices=POOLING, help="(default: %(default)s)")
-            add("--causal", action="store_true", help="leave out step 1: attend to the left only")
-            add("--baselines", action="store_true", help="score the causal model's baselines too")
-            continue
-        if name == "inspect":
-            command.set_defaults(run=run_inspect)
-            add("--output", default="inspect.svg", help="(default: %(default)s)")
-            continue
-        command.set_defaults(run=run_stage)
-        if name != "supervised":
+            add("--corpus", default=WIKIPEDIA, help=corpus)
             text = "what to do with lines that hold no text (default: %(default)s)"
             add("--errors", default="strict", choices=("strict", "skip"), help=text)
         text = "keep the frozen weights in 4 bits while training (nf4): for a small GPU"
         add("--quantize", choices=("nf4",), help=text)
         add("--output", required=True, help="run folder; a run that is there goes on")
-        add("--overwrite", **again)
-        add("--preset", default="paper", choices=SETTINGS[name], help="(default: %(default)s)")
-        for field in fields(Settings):
-            if field.name in FLAGS and (field.name != "mask_rate" or name == "mntp"):
-                values = {p: getattr(s, field.name) for p, s in SETTINGS[name].items()}
-                if len(set(values.values())) == 1:
-                    values = {"default": values["paper"]}
-                presets = [f"{preset}: {value}" for preset, value in values.items()]
-                flag, text = "--" + field.name.replace("_", "-"), FLAGS[field.name]
-                kind = positive if field.type is int else fraction
-                kind = whole if field.name == "recompute" else kind
-                add(flag, type=kind, metavar="N", help=f"{text} ({', '.join(presets)})")
+        add("--overwrite", **overwrite)
+        add("--preset", default="paper", choices=stage.presets, help="(default: %(default)s)")
+        add_settings(command, name)
     return top
-
-
-COMMANDS = {
-    "mntp": "Step 2: masked next-token prediction, on a model or on top of adapters.",
-    "simcse": "Step 3: unsupervised contrastive learning; writes the encoder too.",
-    "supervised": "The fourth stage: contrastive learning on pairs; writes the encoder too.",
-    "evaluate": "Score a checkpoint on sentences, articles, words and masked tokens.",
-    "inspect": "Show, layer by layer, how much a checkpoint changes when it looks both ways.",
-    "plot": "Draw a run's loss and learning rate into RUN/curves.svg.",
-}
-FLAGS = {
-    "length": "tokens in a block or text",
-    "batch": "blocks, sentences or pairs a step",
-    "steps": "optimiser steps",
-    "lr": "peak learning rate",
-    "rank": "of the adapters",
-    "mask_rate": "share of tokens hidden; by default llama 0.2, mistral 0.8",
-    "max_tokens": "in one forward pass: lower it to save memory",
-    "recompute": "layers computed twice to save memory; a GPU short of it raises this by itself",
-}
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def whole(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
-def fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
-    return value
 
 
 def main() -> None:
     args = parser().parse_args()
-    if RANKS > 1 and args.command not in STAGES:
+    if WORLD_SIZE > 1 and args.command is None:
         raise ValueError(f"torchrun shares out a stage ({', '.join(STAGES)}), nothing else")
     with processes():
         args.run(args)

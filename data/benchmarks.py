@@ -1,28 +1,44 @@
 """Scores of an encoder: similar sentences, found articles, topics, words, hidden tokens.
 
+    python -m data.benchmarks --model MODEL [--adapters ...] [--baselines]
+
     sts               Spearman's rho of cosines against human judgements, by task
     articles          Wikipedia: description to introduction; topics, by probe and by clusters
     words             a linear classifier on frozen word vectors: parts of speech, entities
     masked_accuracy   hidden tokens named rightly
     BASELINES         the encoders that a trained one has to beat
+    evaluate          all of these
 
 Each returns a dictionary of scores by name. Nothing here is chosen by looking at a test set: the
 probes' one free number, how strongly they are regularised, is chosen on a part of their own
 training data.
 """
 
+import argparse
 import json
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.corpus import WIKIPEDIA, split_documents
+from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
 from data.metrics import entity_f1, ndcg, recall, spearman, v_measure
-from llm2vec import LLM2Vec, batches_by_length, mask_tokens, pad, pool
+from llm2vec import (
+    POOLING,
+    LLM2Vec,
+    add_model_flags,
+    batches_by_length,
+    load,
+    mask_tokens,
+    pad,
+    pool,
+    reading,
+    run,
+)
 
 STS = Path(__file__).parent / "sts"
 STSB_DEV, STSB_TEST = STS / "stsb-dev.tsv", STS / "stsb-test.tsv"
@@ -33,12 +49,8 @@ WNUT = WORDS / "wnut17-ner-train.tsv", WORDS / "wnut17-ner-dev.tsv"
 
 
 def read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such benchmark file")
-    try:
+    with reading(path):
         return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
 
 
 def unit_vectors(encoder: LLM2Vec, texts: Sequence[str]) -> np.ndarray:
@@ -387,3 +399,110 @@ BASELINES = {
     "causal, last token": (LLM2Vec, "last"),
     "causal, echo": (Echo, "mean"),
 }
+
+
+def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
+    """The encoders that a causal model is without training, by name."""
+    for name, (kind, pooling) in BASELINES.items():
+        yield name, kind(model.decoder, model.tokenizer, pooling, model.max_length)
+
+
+# --- All of them -------------------------------------------------------------------------------
+
+BENCHMARKS = ("sts", "articles", "words", "masked")
+
+
+def evaluate(
+    model: LLM2Vec,
+    held_out: Sequence[str],
+    benchmarks: Sequence[str] = ("sts", "masked"),
+    sts_files: str | Path | Sequence[str | Path] = STSB_TEST,
+    columns: Sequence[Sequence[str | Path]] = (EWT, WNUT),
+) -> dict[str, float]:
+    """Scores by name; masked tokens are those of the held-out documents."""
+    masked = "masked" in benchmarks and model.decoder.can_predict
+    if masked:  # what may be wrong with them is said before the long work
+        rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
+        blocks, mask_id = cut_into_blocks(rows, length=128, limit=256), mask_id_of(model)
+    scores = sts(model, sts_files) if "sts" in benchmarks else {}
+    if "articles" in benchmarks:
+        scores |= articles(model)
+    if "words" in benchmarks:
+        for train, test in columns:
+            scores |= words(model, train, test, {EWT[1]: "POS", WNUT[1]: "NER"}.get(test))
+    if masked:
+        scores["masked tokens"] = masked_accuracy(model, blocks, mask_id)
+    return scores
+
+
+def mask_id_of(model: LLM2Vec, token: str = "_") -> int:
+    """The id of the token that hides others; the paper takes the plain token `_`."""
+    mask_id = model.tokenizer.token_to_id(token)
+    if mask_id is None:
+        raise ValueError(f"the mask token {token!r} is not in the vocabulary of the tokenizer")
+    return mask_id
+
+
+def held_out_of(corpus: str | Path) -> list[str]:
+    _, held_out = split_documents(read_documents(corpus))
+    if not held_out:
+        raise ValueError(f"{corpus}: none of its documents is held out, which is one in fifty")
+    return held_out
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Rows of scores as a Markdown table, which is as readable in a terminal."""
+    columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
+    columns.sort(key=lambda key: key == "seconds")  # last
+    first = max(map(len, rows))
+    lines = [" | ".join([" " * first, *(f"{c:>6}" for c in columns)])]
+    lines.append(" | ".join(["-" * first, *("-" * (max(6, len(c)) - 1) + ":" for c in columns)]))
+    for name, scores in rows.items():
+        cells = [
+            f"{scores[c]:.{0 if c == 'seconds' else 3}f}" if c in scores else "" for c in columns
+        ]
+        cells = [f"{x:>{max(6, len(c))}}" for x, c in zip(cells, columns, strict=True)]
+        lines.append(" | ".join([f"{name:{first}}", *cells]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.benchmarks",
+        description="Score a checkpoint on sentences, articles, words and masked tokens.",
+    )
+    add = parser.add_argument
+    add_model_flags(parser, required=True)
+    text = f"any of {', '.join(BENCHMARKS)} (default: all)"
+    add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help=text)
+    text = "score<TAB>a<TAB>b lines (default: STS12, STS15 and STS-B test)"
+    add("--sts", nargs="+", default=STS_FILES, metavar="FILE", help=text)
+    text = "column files to probe words with (default: EWT tags and WNUT-17 entities)"
+    add("--words", nargs=2, action="append", metavar=("TRAIN", "TEST"), help=text)
+    add("--corpus", default=WIKIPEDIA, help="of whose held-out documents tokens are masked")
+    add("--pooling", default="mean", choices=POOLING, help="(default: %(default)s)")
+    add("--causal", action="store_true", help="leave out step 1: attend to the left only")
+    add("--baselines", action="store_true", help="score the baselines of the causal model too")
+    args = parser.parse_args()
+    held_out = held_out_of(args.corpus)
+    names = [Path(test).stem for _, test in args.words or ()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--words: test files of one name ({', '.join(names)}) have one score")
+
+    def score(encoder: LLM2Vec, which: Sequence[str]) -> dict[str, float]:
+        start = time.monotonic()
+        scores = evaluate(encoder, held_out, which, args.sts, args.words or (EWT, WNUT))
+        return scores | {"seconds": time.monotonic() - start}
+
+    name = Path(args.model).name
+    rows = {name: score(load(args, pooling=args.pooling, is_causal=args.causal), args.benchmarks)}
+    if args.baselines:
+        which = [which for which in args.benchmarks if which in ("sts", "articles")]
+        untrained = baselines(load(args, adapters=[], is_causal=True))
+        rows = {name: score(baseline, which) for name, baseline in untrained} | rows
+    print(table(rows))
+    print(json.dumps(rows[name] if len(rows) == 1 else rows))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm2vec import reading
+
 WIKIPEDIA = Path(__file__).parent / "wikipedia.jsonl"
 
 
@@ -22,20 +24,17 @@ def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
     Raises FileNotFoundError, and ValueError for a corpus without a single document.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such corpus file")
     documents, bad = [], []
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+    with reading(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
             try:
-                text = document_of(raw, path.suffix == ".jsonl")
-            except ValueError as error:
+                with reading(f"line {number}"):
+                    documents.append(document_of(line, path.suffix == ".jsonl"))
+            except ValueError:
                 if errors != "skip":
-                    raise ValueError(f"{path}, line {number}: {error}") from None
+                    raise
                 bad.append(number)
-                continue
-            if text:
-                documents.append(text)
+    documents = [document for document in documents if document]
     if bad:
         what = f"skipped {len(bad)} lines, the first of them line {bad[0]}"
         print(f"{path}: {what}", file=sys.stderr)
@@ -44,22 +43,15 @@ def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
     return documents
 
 
-def document_of(raw: bytes, is_json: bool) -> str:
-    try:
-        line = raw.decode("utf-8").removeprefix("\ufeff").strip()
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    if not is_json or not line:
-        return line
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("expected a JSON object with a text field") from None
-    if not isinstance(text, str):
-        raise ValueError(f"text is {type(text).__name__}, not a string")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("text holds half a surrogate pair")
-    return text.strip()
+def document_of(line: bytes, is_json: bool) -> str:
+    text = line.decode("utf-8").removeprefix("\ufeff").strip()
+    if is_json and text:
+        record = json.loads(text)
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError("expected a JSON object with a string `text`")
+        text = record["text"].strip()
+        text.encode()  # half a surrogate pair is no text
+    return text
 
 
 def split_documents(documents: Sequence[str], one_in: int = 50) -> tuple[list[str], list[str]]:

@@ -1,11 +1,17 @@
 """Pictures: what looking both ways changes in a model, and how a run went.
 
+    python -m data.figures layers --model MODEL --adapters MNTP SIMCSE --output layers.svg
+    python -m data.figures curves RUN
+
 An SVG is text, so no plotting package is needed; a heat map for the terminal is made of shades.
 """
 
+import argparse
+import copy
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -13,7 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llm2vec import LLM2Vec, batches_by_length, pad, tokenize
+from data.benchmarks import held_out_of
+from data.corpus import WIKIPEDIA, sentences
+from llm2vec import LLM2Vec, add_model_flags, batches_by_length, load, pad, run, tokenize
+from lora import load_adapter, merge_lora, write_whole
 
 SHADES = " ·░▒▓█"
 
@@ -27,33 +36,23 @@ def layer_cosines(
     The cosine between the two states of each token after each layer (before the final norm),
     averaged over the texts that are long enough: (layers, positions), NaN where none is. Texts are
     cut at `positions` tokens. In section 5.2 of the paper it stays near 1 for Mistral-7B, and
-    nowhere else. The direction of the model's attention is left as it was.
+    nowhere else.
     """
     decoder = encoder.decoder.train(False)
-    device = decoder.device
-    seen: list[torch.Tensor] = []  # the states after each layer, of one pass
-    hooks = [layer.register_forward_hook(lambda *a: seen.append(a[2])) for layer in decoder.layers]
+    both_ways = []
+    for is_causal in (True, False):  # the same weights, attended in another way
+        both_ways.append(copy.copy(decoder))
+        both_ways[-1].config = replace(decoder.config, is_causal=is_causal)
+    layers = len(decoder.layers)
     rows = [ids for ids, _ in tokenize(encoder.tokenizer, texts, positions)]
-    total = torch.zeros(len(decoder.layers), positions)
-    count = torch.zeros(positions)
-    before = decoder.config.is_causal
-    try:
-        for batch in batches_by_length([len(ids) for ids in rows], max_tokens):
-            ids = pad([rows[i] for i in batch], device)
-            segments = pad([[1] * len(rows[i]) for i in batch], device)
-            states = []
-            for decoder.config.is_causal in (True, False):
-                seen.clear()
-                decoder(ids, segments)
-                states.append(torch.stack(seen).float())  # (layers, B, T, d)
-            cosine = F.cosine_similarity(*states, dim=-1) * segments
-            T = ids.shape[1]
-            total[:, :T] += cosine.sum(1).cpu()
-            count[:T] += segments.sum(0).cpu()
-    finally:
-        decoder.config.is_causal = before
-        for hook in hooks:
-            hook.remove()
+    total, count = torch.zeros(layers, positions), torch.zeros(positions)
+    for batch in batches_by_length([len(ids) for ids in rows], max_tokens):
+        ids = pad([rows[i] for i in batch], decoder.device)
+        segments = pad([[1] * len(rows[i]) for i in batch], decoder.device)
+        states = [view(ids, segments, last=layers) for view in both_ways]  # (layers, B, T, d)
+        cosine = F.cosine_similarity(*states, dim=-1) * segments
+        total[:, : ids.shape[1]] += cosine.sum(1).cpu()
+        count[: ids.shape[1]] += segments.sum(0).cpu()
     return torch.where(count > 0, total / count, math.nan).numpy()
 
 
@@ -228,3 +227,49 @@ def curves_svg(runs: dict[str, list[dict]]) -> str:
             parts.append(text(x, top - 7, name, anchor, fill=shade))
         x0 += width + gap
     return svg(x0 - gap + 58, top + height + 40, parts)
+
+
+# --- Command line ------------------------------------------------------------------------------
+
+
+def draw_layers(args: argparse.Namespace) -> None:
+    held_out = held_out_of(args.corpus)
+    texts = [sentence for document in held_out for sentence in sentences(document)][:200]
+    model = load(args, adapters=[])
+    panels = {Path(args.model).name: layer_cosines(model, texts)}
+    for adapter in args.adapters:
+        load_adapter(model.decoder, adapter)
+        merge_lora(model.decoder)
+        panels[f"+ {Path(adapter).name}"] = layer_cosines(model, texts)
+    for title, cosines in panels.items():
+        print(heat_map(cosines, title))
+    write_whole(Path(args.output), heat_map_svg(panels).encode())
+    print(f"{args.output}: the same as a picture")
+
+
+def draw_curves(args: argparse.Namespace) -> None:
+    file = Path(args.run_folder) / "curves.svg"
+    write_whole(file, curves_svg(read_log(args.run_folder)).encode())
+    print(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.figures", description="Draw pictures.")
+    commands = parser.add_subparsers(required=True)
+    text = "show, layer by layer, how much a model changes when it looks both ways"
+    layers = commands.add_parser("layers", help=text, description=text)
+    add_model_flags(layers, required=True)
+    layers.add_argument("--corpus", default=WIKIPEDIA, help="its held-out documents are read")
+    layers.add_argument("--output", default="layers.svg", help="(default: %(default)s)")
+    layers.set_defaults(draw=draw_layers)
+    text = "draw the loss and learning rate of a run into RUN/curves.svg"
+    curves = commands.add_parser("curves", help=text, description=text)
+    text = "folder with a log.jsonl, or with such folders"
+    curves.add_argument("run_folder", metavar="RUN", help=text)
+    curves.set_defaults(draw=draw_curves)
+    args = parser.parse_args()
+    args.draw(args)
+
+
+if __name__ == "__main__":
+    run(main)

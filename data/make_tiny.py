@@ -27,8 +27,10 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents  # noqa: E402
-from data.fetch import MODELS, byte_level_bpe, fetch_smollm2  # noqa: E402
-from llm2vec import Config, Decoder, new_folder  # noqa: E402
+from data.export import new_folder  # noqa: E402
+from data.fetch import MODELS, fetch  # noqa: E402
+from data.gguf import byte_level_bpe  # noqa: E402
+from llm2vec import Config, Decoder  # noqa: E402
 
 FOLDER = Path(__file__).parent / "tiny-llama"
 MERGES, LENGTH, BATCH, STEPS = 6000, 256, 16, 3600
@@ -114,7 +116,7 @@ def start_from(embedding: torch.Tensor, config: Config) -> Decoder:
 
 
 def main() -> None:
-    source = fetch_smollm2()
+    source = fetch("smollm2")
     full, small = smaller_tokenizer(source / "tokenizer.json")
     V = small.get_vocab_size()
     texts, held_out = split_documents(read_documents(WIKIPEDIA))

@@ -4,13 +4,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm2vec import reading
+
 PAIRS = Path(__file__).parent / "pairs" / "wikipedia.jsonl"
 
 
 def read_pairs(
     paths: Sequence[str | Path], instructions: Sequence[str | None] = (None,)
-) -> list[list[str]]:
-    """Datasets of pairs, one a file, each pair as a line of JSON with all of its fields.
+) -> list[list[dict]]:
+    """Datasets, one a file, of pairs: dicts of `query`, `positive`, `negatives`, `instruction`.
 
     A file holds JSON lines with `query`, `positive`, and optionally `negative` (a string or a list
     of them) and `instruction`: the layout of the public E5 data as the Echo embeddings' authors
@@ -28,9 +30,7 @@ def read_pairs(
         if not files:
             raise FileNotFoundError(f"{path}: no .jsonl file in it")
         for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: no such file of pairs")
-            with file.open("rb") as lines:
+            with reading(file), file.open("rb") as lines:
                 pairs = [
                     as_pair(line, f"{file}, line {number}", instruction)
                     for number, line in enumerate(lines, start=1)
@@ -42,26 +42,21 @@ def read_pairs(
     return datasets
 
 
-def as_pair(line: bytes, where: str, instruction: str | None) -> str:
-    try:
+def as_pair(line: bytes, where: str, instruction: str | None) -> dict:
+    with reading(where):
         raw = json.loads(line.decode("utf-8-sig"))
+        if not isinstance(raw, dict):
+            raise ValueError("expected a JSON object")
         negatives = raw.get("negative") or []
-        if not isinstance(negatives, (str, list)):
-            raise TypeError
         pair = {
             "query": raw["query"],
             "positive": raw["positive"],
-            "negatives": [negatives] if isinstance(negatives, str) else negatives,
+            "negatives": [negatives] if isinstance(negatives, str) else list(negatives),
             "instruction": raw.get("instruction") or instruction or "",
         }
         texts = [pair["query"], pair["positive"], pair["instruction"], *pair["negatives"]]
-        for text in texts:
-            text.encode("utf-8")  # half a surrogate pair is no text
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: not UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: half a surrogate pair") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        what = "expected an object with strings: query, positive, perhaps negative, instruction"
-        raise ValueError(f"{where}: {what}") from None
-    return json.dumps(pair)
+        if not all(isinstance(text, str) for text in texts):
+            what = "query, positive, perhaps negative and instruction"
+            raise ValueError(f"expected an object with strings: {what}")
+        "".join(texts).encode()  # half a surrogate pair is no text
+        return pair

@@ -1,0 +1,101 @@
+"""A file of texts to a file of vectors, in memory that does not grow with the file."""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from llm2vec import LLM2Vec, reading
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | None = None) -> int:
+    """Write the vectors of a file's texts; returns their number. Memory is that of 4,096 texts.
+
+    Under torchrun each process encodes one contiguous part of the lines and writes it by itself:
+    `vectors.npy` becomes `vectors-00000-of-00004.npy` and so on, which stand in the order of the
+    lines. A file appears under its name once it is complete.
+
+    Args:
+        source: a text a line, or JSON lines with a `text` field (.jsonl); `-` is standard input.
+        target: NumPy's format, float32 (N, d); or JSON lines (.jsonl, or `-` for standard output),
+            which repeat the fields of the input and add `vector`.
+    """
+    if WORLD_SIZE > 1 and "-" in (source, target):
+        raise ValueError("- is for one process: name files that several can read and write")
+    if WORLD_SIZE > 1:
+        path = Path(target)
+        name = f"{path.stem}-{RANK:05d}-of-{WORLD_SIZE:05d}{path.suffix}"
+        target = str(path.with_name(name))
+    as_json = target == "-" or target.endswith(".jsonl")
+    part, done, start = Path(f"{target}.part"), 0, time.monotonic()
+
+    def write_header(out: BinaryIO) -> None:  # numpy leaves room in it for a larger N
+        shape = (done, model.decoder.config.hidden_size)
+        fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(out, fields)
+
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout.buffer
+        if target != "-":
+            stack.callback(part.unlink, missing_ok=True)
+            out = stack.enter_context(part.open("wb"))
+        if not as_json:
+            write_header(out)
+        records = read_records(source)
+        while chunk := list(itertools.islice(records, 4096)):
+            vectors = model.encode([record["text"] for record in chunk], instruction)
+            if as_json:
+                for record, vector in zip(chunk, vectors, strict=True):
+                    record["vector"] = [round(float(x), 6) for x in vector]
+                    line = json.dumps(record, ensure_ascii=False)
+                    out.write(line.encode("utf-8", "backslashreplace") + b"\n")
+            else:
+                out.write(vectors.tobytes())
+            done += len(chunk)
+            pace = done / (time.monotonic() - start)
+            if RANK == 0:
+                print(f"\r{done} texts, {pace:.0f} a second", end="", file=sys.stderr, flush=True)
+        if RANK == 0:
+            print(file=sys.stderr)
+        if target != "-":
+            if not as_json:
+                out.seek(0)
+                write_header(out)
+            out.flush()
+            os.fsync(out.fileno())
+            os.replace(part, target)
+    return done
+
+
+def read_records(source: str) -> Iterator[dict]:
+    """The lines of a file, those of this process, as {"text": ...} and whatever else they hold."""
+    with contextlib.ExitStack() as stack:
+        lines, first, last = sys.stdin.buffer, 0, None
+        if source != "-":
+            with reading(source):
+                lines = stack.enter_context(open(source, "rb"))
+        if WORLD_SIZE > 1:
+            n = sum(1 for _ in lines)
+            lines.seek(0)
+            first, last = n * RANK // WORLD_SIZE, n * (RANK + 1) // WORLD_SIZE
+        for number, line in itertools.islice(enumerate(lines, start=1), first, last):
+            yield read_record(line, source, number)
+
+
+def read_record(line: bytes, source: str, number: int) -> dict:
+    with reading(f"{source}, line {number}"):
+        text = line.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
+        record = json.loads(text) if source.endswith(".jsonl") else {"text": text}
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError("expected a JSON object with a string `text`")
+        record["text"].encode()  # half a surrogate pair is no text
+        return record
