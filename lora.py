@@ -109,9 +109,7 @@ def add_lora(
     model.requires_grad_(False)
     for module in dict.fromkeys(found):
         adapt(module, rank, (2 * rank if alpha is None else alpha) / rank, dropout)
-    return [
-        p for m in adapted(model).values() for part in PARTS for p in getattr(m, part).parameters()
-    ]
+    return [p for name, p in model.named_parameters() if "lora_" in name]
 
 
 @torch.no_grad()

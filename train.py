@@ -333,9 +333,8 @@ def contrast(
     """
     lengths = [len(ids) for ids, _ in rows]
     mine = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::WORLD_SIZE]
-    by_length = batches_by_length(
-        [lengths[i] for i in mine], max_tokens, least_tokens(model.decoder)
-    )
+    least = least_tokens(model.decoder)
+    by_length = batches_by_length([lengths[i] for i in mine], max_tokens, least)
     parts = [[mine[i] for i in part] for part in by_length]
     padded = sum(len(part) * lengths[part[0]] for part in parts)
     if WORLD_SIZE > 1 or padded > max_tokens:
@@ -669,11 +668,8 @@ def settings_of(stage: str, args: argparse.Namespace) -> Settings:
 
 
 def run_stage(args: argparse.Namespace) -> None:
-    stage, settings, output = (
-        STAGES[args.command],
-        settings_of(args.command, args),
-        Path(args.output),
-    )
+    stage, settings = STAGES[args.command], settings_of(args.command, args)
+    output = Path(args.output)
     if args.quantize and args.compile:  # torch would keep decoded weights for the backward pass
         raise ValueError("--compile: not with --quantize nf4, whose 4 bits it would undo")
     if stage.pairs:
@@ -767,15 +763,12 @@ def add_settings(command: argparse.ArgumentParser, stage: str) -> None:
 
 
 def value_of(setting: Field) -> Callable[[str], object]:
-    """A parser of a setting's values: text, or a number within bounds; 0 only where it is of use."""
+    """A parser of the values of a setting: text, or a number within bounds."""
     if setting.type is str:
         return str
     kind = int if setting.type in (int, int | None) else float
-    share = "rate" in setting.name or "dropout" in setting.name
-    least = (
-        0 if setting.default == 0 or "dropout" in setting.name else kind(1) if kind is int else 1e-9
-    )
-    most = 0.99 if share else 1e9
+    most = 0.99 if "rate" in setting.name or "dropout" in setting.name else 1e9
+    least = 0 if setting.default == 0 or "dropout" in setting.name else (1 if kind is int else 1e-9)
 
     def parse(text: str) -> int | float:
         if not least <= kind(text) <= most:
