@@ -490,40 +490,35 @@ TEMPLATES = {
 def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
     """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text.
 
-    With the name of a chat template, its markers stand around every text, however long; they become
-    part of the tokenizer, and of what it saves.
+    With the name of a template, its markers stand around every text, however long; they become part
+    of the tokenizer, and of what it saves.
     """
+    if template is not None and template not in TEMPLATES:
+        raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
     file = Path(folder) / "tokenizer.json"
     with reading(file):
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode("a")  # some faults show only in use
-        if template is not None:
-            surround(tokenizer, template)
+        if template is not None and "[OPEN]" in tokenizer.to_str():
+            raise ValueError("has a chat template already")
+        opening, closing = TEMPLATES.get(template, ("", ""))
+        for marker in re.findall(r"<\|\w+\|>", opening + closing):
+            if tokenizer.token_to_id(marker) is None:
+                raise ValueError(f"has no token {marker}, as template {template} needs")
+    if template is not None:
+        front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
+        back = tokenizer.encode(closing, add_special_tokens=False)
+        markers = [
+            {"id": name, "ids": e.ids, "tokens": e.tokens}
+            for name, e in (("[OPEN]", front), ("[CLOSE]", back))
+        ]
+        tokenizer.post_processor = TemplateProcessing(
+            single="[OPEN] $A [CLOSE]", pair="[OPEN] $A $B [CLOSE]", special_tokens=markers
+        )
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def surround(tokenizer: Tokenizer, template: str) -> None:
-    """Make a tokenizer write the markers of a template around every text."""
-    if template not in TEMPLATES:
-        raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
-    if "[OPEN]" in tokenizer.to_str():
-        raise ValueError("has a chat template already")
-    opening, closing = TEMPLATES[template]
-    for marker in re.findall(r"<\|\w+\|>", opening + closing):
-        if tokenizer.token_to_id(marker) is None:
-            raise ValueError(f"has no token {marker}, as template {template} needs")
-    front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
-    back = tokenizer.encode(closing, add_special_tokens=False)
-    markers = [
-        {"id": name, "ids": e.ids, "tokens": e.tokens}
-        for name, e in (("[OPEN]", front), ("[CLOSE]", back))
-    ]
-    tokenizer.post_processor = TemplateProcessing(
-        single="[OPEN] $A [CLOSE]", pair="[OPEN] $A $B [CLOSE]", special_tokens=markers
-    )
 
 
 def tokenize(
@@ -624,25 +619,24 @@ def mask_tokens(
     maskable: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hide a share `rate` of the tokens of input_ids (B, T).
+    """Choose a share of the tokens of input_ids (B, T), and hide them.
 
-    Returns the ids with tokens hidden, (B, T), and which ones were chosen, (B, T) booleans. See
-    `choose_tokens` and `corrupt_tokens` for the arguments.
+    Args:
+        rate, maskable: see `choose_tokens`. mask_id, vocab_size, replace: see `corrupt_tokens`.
+        generator: of the CPU, whatever the device of input_ids.
+
+    Returns:
+        The ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans.
     """
     chosen = choose_tokens(input_ids, rate, maskable, generator)
     return corrupt_tokens(input_ids, chosen, mask_id, vocab_size, replace, generator), chosen
 
 
-def choose_tokens(
-    input_ids: Tensor,
-    rate: float,
-    maskable: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Which tokens of input_ids (B, T) are to be predicted, (B, T) booleans.
+def choose_tokens(input_ids: Tensor, rate: float, maskable=None, generator=None) -> Tensor:
+    """The tokens of input_ids that are to be predicted, (B, T) booleans, each by the chance `rate`.
 
-    Each is chosen with the chance `rate`, if `maskable` (B, T) allows it. The first token of a row
-    never is: no state stands before it. The generator is one of the CPU.
+    `maskable` (B, T) says which may be; None: all. The first of a row never is: no state stands
+    before it.
     """
     chosen = torch.rand(input_ids.shape, generator=generator).to(input_ids.device) < rate
     chosen[:, 0] = False
@@ -654,8 +648,8 @@ def corrupt_tokens(
     chosen: Tensor,
     mask_id: int,
     vocab_size: int,
-    replace: tuple[float, float] = (0.8, 0.1),
-    generator: torch.Generator | None = None,
+    replace=(0.8, 0.1),
+    generator=None,
 ) -> Tensor:
     """input_ids (B, T) with the chosen tokens hidden.
 
@@ -766,6 +760,8 @@ class LLM2Vec:
         to float32.
         """
         device = torch.device(device or default_device())
+        if device == torch.device("cuda"):  # safetensors would take the first GPU for each process
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if dtype is None:
             fast = device.type != "cpu" and has_bfloat16(device)
             dtype = torch.bfloat16 if fast else torch.float32
@@ -864,8 +860,7 @@ def default_device() -> str:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16; where it does not, float32 is faster.
 
-    NVIDIA's GPUs do from Ampere on (not T4 and V100, of which standard error then says so), CPUs do
-    with AVX512-BF16 or AMX. Whether Apple's GPUs do was never tried here.
+    NVIDIA's GPUs do from Ampere on (not T4 and V100), CPUs do with AVX512-BF16 or AMX.
     """
     if device.type == "cpu":
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch 2.6 and later
@@ -879,10 +874,10 @@ def has_bfloat16(device: torch.device) -> bool:
 def compile_layers(decoder: Decoder) -> None:
     """Have torch.compile fuse what each layer does between its matrix products.
 
-    On an H100, an MNTP step of a 7B model then takes 0.77 of the time, encoding 0.85, after a
-    minute of compiling. Lengths are variables of the compiled code, because batches differ in them.
-    Dropout draws what it draws uncompiled, so that the two passes of GradCache agree. How compiled
-    code rounds depends on its first batch: a resumed run does not end with the same bits.
+    On an H100, an MNTP step of a 7B model then takes 0.77 of the time, encoding 0.85. Lengths are
+    variables of the compiled code, because batches differ in them. Dropout draws what it draws
+    uncompiled, so that the two passes of GradCache agree. How compiled code rounds depends on its
+    first batch: a run that is resumed does not end with the same bits.
     """
     torch._dynamo.config.cache_size_limit = 64  # a layer compiled too often is not compiled at all
     for layer in decoder.layers:
@@ -898,7 +893,7 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
     add("--model", help="checkpoint folder", **how)
     add("--adapters", nargs="*", default=[], help="adapter folders to merge first, in order")
     add("--template", choices=TEMPLATES, help="what stands around a text, for an instruct model")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the weights")
+    add("--dtype", choices=("float32", "bfloat16"), help="type of the weights")
     add("--device", choices=("cuda", "mps", "cpu"), help="(default: the first that is there)")
     text = "fuse the layers by torch.compile: it takes a minute, and pays on a GPU"
     add("--compile", action="store_true", help=text)
@@ -907,8 +902,9 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
 def load(args: argparse.Namespace, **how) -> LLM2Vec:
     """The model that the flags name."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    how = {"dtype": dtype, "device": args.device, "template": args.template} | how
-    model = LLM2Vec.from_pretrained(args.model, **{"adapters": args.adapters} | how)
+    given = {"adapters": args.adapters, "template": args.template}
+    given |= {"dtype": dtype, "device": args.device} | how
+    model = LLM2Vec.from_pretrained(args.model, **given)
     if args.compile:
         compile_layers(model.decoder)
     return model
@@ -918,10 +914,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python llm2vec.py", description="Turn texts to vectors.")
     commands = parser.add_subparsers(dest="command", required=True)
     encode = commands.add_parser("encode", help="write the vectors of a file's texts")
-    text = "a text a line, or .jsonl with `text`; - is standard input"
-    encode.add_argument("--input", required=True, help=text)
-    text = ".npy, or .jsonl with `vector`; - is standard output"
-    encode.add_argument("--output", required=True, help=text)
+    add = encode.add_argument
+    add("--input", required=True, help="a text a line, or .jsonl with `text`; - is standard input")
+    add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
     similar = commands.add_parser("similar", help="print the cosines between a few sentences")
     similar.add_argument("texts", nargs="+", help="sentences, each in quotation marks")
     for command in (encode, similar):
@@ -944,13 +939,13 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        said = str(error)
+        said, compiling = str(error), type(error).__module__.startswith("torch._dynamo")
         if isinstance(error, MemoryError) or "memory" in said:
-            said = f"out of memory; --max-tokens, if there, may be lowered: {said}"
+            said = f"out of memory; lower --max-tokens where there is one: {said}"
+        elif compiling:
+            said = "--compile: " + said.partition("\n\n")[0]  # there is no C++ compiler
         elif isinstance(error, RuntimeError):
-            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise
-            said = f"--compile: {said.partition(chr(10) * 2)[0]}"  # there is no C++ compiler
+            raise
         print("error:", " ".join(said.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -251,7 +251,7 @@ def read_adapter_config(file: Path) -> dict:
         numbers = {key: config[key] for key in ("r", "lora_alpha")}
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = config.get(field) or {}
-            numbers |= {f"{field} of {re.compile(p).pattern}": v for p, v in patterns.items()}
+            numbers |= {f"{field} of {p}": v for p, v in patterns.items() if compiled(p)}
         for key, value in numbers.items():
             if type(value) not in (int, float) or not 0 < value < 1e15:
                 raise ValueError(f"{key} is {value!r}, expected a number above 0")
@@ -263,9 +263,13 @@ def read_adapter_config(file: Path) -> dict:
 def matched(config: dict, field: str, name: str, default: float) -> float:
     """The value of the first pattern that matches the end of a name, from a dot on, as in PEFT."""
     for pattern, value in (config.get(field) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if compiled(pattern).match(name):
             return value
     return default
+
+
+def compiled(pattern: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 # --- A 4-bit base ------------------------------------------------------------------------------

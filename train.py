@@ -19,10 +19,9 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,72 +35,62 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from data.benchmarks import BENCHMARKS, STS_FILES, baselines, evaluate, mask_id_of, table
+import llm2vec
+import lora
+from data import benchmarks
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
 from data.pairs import PAIRS, read_pairs
-from llm2vec import (
-    POOLING,
-    Decoder,
-    LLM2Vec,
-    add_model_flags,
-    batches_by_length,
-    contrastive_loss,
-    default_device,
-    has_bfloat16,
-    least_tokens,
-    load,
-    mask_tokens,
-    mntp_loss,
-    read_json,
-    run,
-    tokenize,
-)
-from lora import (
-    add_lora,
-    is_quantized,
-    load_adapter,
-    merge_lora,
-    quantize_nf4,
-    save_adapter,
-    write_whole,
-)
+from llm2vec import Decoder, LLM2Vec, contrastive_loss, mask_tokens, mntp_loss, tokenize
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 
 # --- Settings ----------------------------------------------------------------------------------
 
 
-def setting(default: object, about: str, **how) -> object:
-    return field(default=default, metadata={"help": about} | how)
+MNTP, CONTRASTIVE = ("mntp",), ("simcse", "supervised")
 
 
-CONTRASTIVE, MNTP = ("simcse", "supervised"), ("mntp",)
+def setting(about: str, default: object, stages: Sequence[str] | None = None) -> object:
+    """A field with the help of its flag, of all stages or of some."""
+    return field(default=default, metadata={"help": about, "stages": stages})
 
 
 @dataclass
 class Settings:
     """Everything that a stage can be told. Each field is a flag of the command line."""
 
-    length: int = setting(512, "tokens in a block (mntp), or at most in a text")
-    batch: int = setting(32, "blocks, sentences or pairs in one optimiser step")
-    steps: int = setting(1000, "optimiser steps")
-    epochs: int | None = setting(None, "times through the corpus, instead of --steps")
-    lr: float = setting(5e-5, "learning rate at its peak")
-    warm_up: int = setting(0, "steps of linear warm-up before the linear decay to zero")
-    rank: int = setting(16, "rank of the adapters")
-    alpha: float | None = setting(None, "scale of the adapters times rank; default twice the rank")
-    dropout: float = setting(0.05, "dropout on the input of the adapters")
-    attention_dropout: float = setting(0.0, "dropout on the attention weights")
+    length: int = setting("tokens in a block (mntp), or at most in a text", 512)
+    batch: int = setting("blocks, sentences or pairs in one optimiser step", 32)
+    steps: int = setting("optimiser steps", 1000)
+    epochs: int | None = setting("times through the corpus, instead of --steps", None)
+    lr: float = setting("learning rate at its peak", 5e-5)
+    warm_up: int = setting("steps of linear warm-up before the linear decay to zero", 0)
+    rank: int = setting("rank of the adapters", 16)
+    alpha: float | None = setting("over rank, it scales the adapters; default: twice rank", None)
+    dropout: float = setting("dropout on the input of the adapters", 0.05)
+    attention_dropout: float = setting("dropout on the attention weights", 0.0)
     mask_rate: float | None = setting(
-        None, "share of tokens hidden (default: 0.8 for mistral, else 0.2)", stages=MNTP
+        "share hidden; default: 0.8 for mistral, else 0.2", None, MNTP
     )
-    mask_token: str = setting("_", "the plain token that hides others", stages=MNTP)
-    scale: float = setting(20.0, "inverse temperature of the loss", stages=CONTRASTIVE)
-    pooling: str = setting("mean", "how states become a vector", stages=CONTRASTIVE)
-    max_tokens: int = setting(8192, "tokens in one forward pass; lower it to save memory")
-    recompute: int = setting(0, "layers computed twice to save memory; a GPU raises it itself")
-    save_every: int = setting(50, "steps between two saved states")
-    seed: int = setting(0, "seed of all that is random")
+    mask_token: str = setting("the plain token that hides others", "_", MNTP)
+    scale: float = setting("inverse temperature of the loss", 20.0, CONTRASTIVE)
+    pooling: str = setting("how states become a vector", "mean", CONTRASTIVE)
+    max_tokens: int = setting("tokens in one forward pass; lower it to save memory", 8192)
+    recompute: int = setting("layers computed twice to save memory; a GPU raises it itself", 0)
+    save_every: int = setting("steps between two saved states", 50)
+    seed: int = setting("seed of all that is random", 0)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, least = (
+                getattr(self, f.name),
+                0 if f.default == 0 else 1 if f.type is int else 1e-9,
+            )
+            share = "rate" in f.name or "dropout" in f.name
+            least, most = 0 if "dropout" in f.name else least, 0.99 if share else 1e12
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                name = f.name.replace("_", "-")
+                raise ValueError(f"--{name} is {value}, expected {least:g} to {most:g}")
 
 
 # --- The loop ----------------------------------------------------------------------------------
@@ -117,10 +106,10 @@ class Trained(NamedTuple):
 
 
 ADAPTERS = Trained(
-    lambda decoder, s: add_lora(decoder, s.rank, s.alpha, s.dropout),
-    save_adapter,
-    load_adapter,
-    lambda decoder: None if is_quantized(decoder) else merge_lora(decoder),
+    lambda decoder, s: lora.add_lora(decoder, s.rank, s.alpha, s.dropout),
+    lora.save_adapter,
+    lora.load_adapter,
+    lambda decoder: None if lora.is_quantized(decoder) else lora.merge_lora(decoder),
 )
 
 
@@ -257,7 +246,7 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 
 def train_mntp(model: LLM2Vec, documents: Sequence[str], settings: Settings, folder: Path) -> None:
     """Teach a model, now bidirectional, to use what it sees."""
-    mask_id, V = mask_id_of(model, settings.mask_token), model.decoder.config.vocab_size
+    mask_id, V = benchmarks.mask_id_of(model, settings.mask_token), model.decoder.config.vocab_size
     # The paper hides more of Mistral's tokens, all behind the mask token (its appendix).
     mistral = model.decoder.config.model_type == "mistral"
     rate = settings.mask_rate or (0.8 if mistral else 0.2)
@@ -333,8 +322,8 @@ def contrast(
     """
     lengths = [len(ids) for ids, _ in rows]
     mine = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::WORLD_SIZE]
-    least = least_tokens(model.decoder)
-    by_length = batches_by_length([lengths[i] for i in mine], max_tokens, least)
+    least = llm2vec.least_tokens(model.decoder)
+    by_length = llm2vec.batches_by_length([lengths[i] for i in mine], max_tokens, least)
     parts = [[mine[i] for i in part] for part in by_length]
     padded = sum(len(part) * lengths[part[0]] for part in parts)
     if WORLD_SIZE > 1 or padded > max_tokens:
@@ -526,7 +515,7 @@ def identity(model: LLM2Vec, datasets: Sequence[Sequence], settings: Settings) -
         "code": digest((here / n).read_text() for n in ("llm2vec.py", "lora.py", "train.py")),
         "data": digest(item for items in datasets for item in items),
         "model": digest([torch.cat(firsts), decoder.config]),
-        "quantize": "nf4" if is_quantized(decoder) else None,
+        "quantize": "nf4" if lora.is_quantized(decoder) else None,
         "dtype": str(decoder.norm.weight.dtype),
         "tokenizer": digest([model.tokenizer.to_str()]),
         "processes": WORLD_SIZE,
@@ -551,7 +540,7 @@ class Run:
     def __init__(self, folder: Path, settings: Settings, identity: dict):
         self.folder, self.settings, self.file = folder, settings, None
         once(lambda: self.open(identity))
-        self.finished = (folder / "adapter_config.json").exists()
+        self.finished = (folder / "finished").exists()
 
     def open(self, identity: dict) -> None:
         file = self.folder / "settings.json"
@@ -560,11 +549,12 @@ class Run:
                 what = "is not empty and not a run folder; choose another --output"
                 raise ValueError(f"{self.folder}: {what}")
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
-        before = read_json(file)
-        for key in identity.keys() - {"max_tokens", "recompute", "save_every"}:  # same result
-            if before.get(key) != identity[key]:
-                change = f"{key} was {before.get(key)!r} and is {identity[key]!r}"
+            lora.write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
+        before = llm2vec.read_json(file)
+        harmless = "max_tokens", "recompute", "save_every"  # they do not change the result
+        for key, value in identity.items():
+            if key not in harmless and before.get(key) != value:
+                change = f"{key} was {before.get(key)!r} and is {value!r}"
                 what = f"a run with other settings, {change}; --overwrite trains it anew"
                 raise ValueError(f"{self.folder}: {what}")
 
@@ -593,12 +583,13 @@ class Run:
         for i, p in enumerate(parameters):
             tensors[f"{i}.weight"] = p.detach()
             tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
-        write_whole(self.folder / f"state-{step:08d}.safetensors", save_bytes(tensors))
+        lora.write_whole(self.folder / f"state-{step:08d}.safetensors", save_bytes(tensors))
         for old in sorted(self.folder.glob("state-*.safetensors"))[:-2]:
             old.unlink()
 
     def finish(self, write: Callable[[], None]) -> None:
         once(write)
+        once((self.folder / "finished").touch)
         for state in self.folder.glob("state-*.safetensors") if RANK == 0 else ():
             state.unlink()
 
@@ -608,10 +599,10 @@ class Run:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
         if RANK == 0:
-            write_whole(file, "".join(lines).encode())
+            lora.write_whole(file, "".join(lines).encode())
             self.file = file.open("a")
         self.first, self.before = done, json.loads(lines[-1])["seconds"] if lines else 0.0
-        self.start = self.shown = time.monotonic()
+        self.start = time.monotonic()
         self.losses, self.tokens = [], 0
 
     def log(self, step: int, loss: float, lr: float, tokens: int) -> None:
@@ -631,14 +622,10 @@ class Run:
         }
         print(json.dumps(line), file=self.file, flush=True)
         self.losses = []
-        left = datetime.timedelta(seconds=round(seconds / (step - self.first) * (steps - step)))
-        text = f"step {step:4d} of {steps}  loss {line['loss']:.3f}  lr {lr:.1e}  "
-        text += f"{line['tokens_per_second']:,.0f} tokens/s  {left} left"
-        if sys.stdout.isatty():
-            print(f"\r{text:<78}", end="\n" if step == steps else "", flush=True)
-        elif time.monotonic() - self.shown > 15 or step == steps:
-            print(text, flush=True)
-            self.shown = time.monotonic()
+        if step % max(1, steps // 20) == 0 or step == steps:
+            left = datetime.timedelta(seconds=round(seconds / (step - self.first) * (steps - step)))
+            text = f"step {step:4d} of {steps}  loss {line['loss']:.3f}  lr {lr:.1e}  "
+            print(f"{text}{line['tokens_per_second']:,.0f} tokens/s  {left} left", flush=True)
 
     def __enter__(self) -> "Run":
         return self
@@ -654,9 +641,9 @@ class Run:
 def load_for_training(args: argparse.Namespace, **how) -> LLM2Vec:
     """The model that the flags name; in bfloat16 where the hardware has it, a CPU's too."""
     if args.dtype is None:
-        fast = has_bfloat16(torch.device(args.device or default_device()))
+        fast = llm2vec.has_bfloat16(torch.device(args.device or llm2vec.default_device()))
         how = {"dtype": torch.bfloat16 if fast else torch.float32} | how
-    return load(args, **how)
+    return llm2vec.load(args, **how)
 
 
 def settings_of(stage: str, args: argparse.Namespace) -> Settings:
@@ -679,7 +666,7 @@ def run_stage(args: argparse.Namespace) -> None:
     how = {"device": "cpu"} if args.quantize else {}  # what does not fit on a GPU as it is
     model = load_for_training(args, **how)
     if args.quantize:
-        quantize_nf4(model.decoder, args.device or default_device())
+        lora.quantize_nf4(model.decoder, args.device or llm2vec.default_device())
     once(lambda: clear(output, args.overwrite))
     stage.run(model, data, settings, output)
     say(f"The adapter is in {output}")
@@ -700,9 +687,9 @@ def run_everything(args: argparse.Namespace) -> None:
         which = ("sts", "masked")
         if args.compare:  # the states of words do not depend on how a text is pooled
             whole = type(model) is LLM2Vec and model.pooling == "mean"
-            which = BENCHMARKS if whole else ("sts", "articles")
-        how = {"sts_files": STS_FILES} if args.compare else {}
-        rows[name] = evaluate(model, held_out, which, **how)
+            which = benchmarks.BENCHMARKS if whole else ("sts", "articles")
+        how = {"sts_files": benchmarks.STS_FILES} if args.compare else {}
+        rows[name] = benchmarks.evaluate(model, held_out, which, **how)
         rows[name]["seconds"] = training + time.monotonic() - start
         print(f"{name}: {json.dumps(rows[name])}", flush=True)
 
@@ -716,7 +703,7 @@ def run_everything(args: argparse.Namespace) -> None:
         return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
 
     model = load_for_training(args, is_causal=True)
-    for name, baseline in baselines(model) if args.compare else [("causal", model)]:
+    for name, baseline in benchmarks.baselines(model) if args.compare else [("causal", model)]:
         score(name, baseline)
     model.decoder.config.is_causal = False  # step 1
     score("bidirectional, untrained", model)
@@ -727,8 +714,8 @@ def run_everything(args: argparse.Namespace) -> None:
         del model, baseline  # room for another
         model = load_for_training(args)
         score("simcse alone", model, train(model, "simcse", output / "simcse-alone"))
-    write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
-    print(f"\n{table(rows)}\n")
+    lora.write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
+    print(f"\n{benchmarks.table(rows)}\n")
     save_and_say(None, output / "encoder")
 
 
@@ -750,33 +737,17 @@ def save_and_say(model: LLM2Vec | None, encoder: Path) -> None:
 def add_settings(command: argparse.ArgumentParser, stage: str) -> None:
     """A flag for each field of Settings that the stage has, with the values of the presets."""
     for f in fields(Settings):
-        if stage not in f.metadata.get("stages", STAGES):
+        if stage not in (f.metadata["stages"] or STAGES):
             continue
         values = {p: getattr(s, f.name) for p, s in STAGES[stage].presets.items()}
         if len(set(values.values())) == 1:
-            values = {} if f.default is None else {"default": values["paper"]}
+            [value, *_] = values.values()
+            values = {} if f.default is None else {"default": value}
         shown = ", ".join(f"{preset}: {value}" for preset, value in values.items())
         about = f.metadata["help"] + (f" ({shown})" if shown else "")
-        how = {"choices": POOLING} if f.name == "pooling" else {"type": value_of(f)}
-        how |= {"metavar": "TEXT" if f.type is str else "N"}
-        command.add_argument("--" + f.name.replace("_", "-"), help=about, **how)
-
-
-def value_of(setting: Field) -> Callable[[str], object]:
-    """A parser of the values of a setting: text, or a number within bounds."""
-    if setting.type is str:
-        return str
-    kind = int if setting.type in (int, int | None) else float
-    most = 0.99 if "rate" in setting.name or "dropout" in setting.name else 1e9
-    least = 0 if setting.default == 0 or "dropout" in setting.name else (1 if kind is int else 1e-9)
-
-    def parse(text: str) -> int | float:
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most:g}")
-        return kind(text)
-
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse says: invalid ...
-    return parse
+        kind = next(kind for kind in (int, float, str) if f.type in (kind, kind | None))
+        how = {"choices": llm2vec.POOLING} if f.name == "pooling" else {"metavar": "N"}
+        command.add_argument("--" + f.name.replace("_", "-"), type=kind, help=about, **how)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -788,13 +759,12 @@ def parser() -> argparse.ArgumentParser:
     corpus = "a document a line, or .jsonl with `text` (default: bundled Wikipedia)"
     overwrite = {"action": "store_true", "help": "start anew instead of going on"}
     add = top.add_argument
-    add_model_flags(top, default=TINY)
+    llm2vec.add_model_flags(top, default=TINY)
     add("--stages", nargs="+", choices=STAGES, default=["mntp", "simcse"], help="in this order")
     add("--preset", default="tiny", choices=STAGES["mntp"].presets, help="(default: %(default)s)")
     add("--corpus", default=WIKIPEDIA, help=corpus)
     add("--output", default="runs/tiny", help="run folder (default: %(default)s)")
-    steps = next(f for f in fields(Settings) if f.name == "steps")
-    add("--steps", type=value_of(steps), help="steps of each stage (default: its settings)")
+    add("--steps", type=int, help="steps of each stage (default: its settings)")
     add("--compare", action="store_true", help="with every benchmark, baseline, and SimCSE alone")
     add("--overwrite", **overwrite)
     top.set_defaults(run=run_everything)
@@ -804,7 +774,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=stage.help, description=stage.help, usage=usage)
         command.set_defaults(run=run_stage)
         add = command.add_argument
-        add_model_flags(command, required=True)
+        llm2vec.add_model_flags(command, required=True)
         if stage.pairs:
             text = "JSON lines with query, positive, perhaps negative and instruction, or a folder"
             add("--pairs", nargs="+", default=[PAIRS], metavar="FILE", help=text + " of such files")
@@ -818,7 +788,8 @@ def parser() -> argparse.ArgumentParser:
         add("--quantize", choices=("nf4",), help=text)
         add("--output", required=True, help="run folder; a run that is there goes on")
         add("--overwrite", **overwrite)
-        add("--preset", default="paper", choices=stage.presets, help="(default: %(default)s)")
+        first = next(iter(stage.presets))
+        add("--preset", default=first, choices=stage.presets, help="(default: %(default)s)")
         add_settings(command, name)
     return top
 
@@ -832,4 +803,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    llm2vec.run(main)

@@ -1,7 +1,7 @@
 """The measures that scores are made of: plain functions of numbers and labels.
 
-Each agrees with the library that its docstring names; tests/golden/metrics.json holds what those
-computed.
+Each agrees with the library that its docstring names: tests/golden/metrics.json holds the numbers
+of those libraries.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,8 @@ import numpy as np
 
 def ranks(values: Sequence[float]) -> np.ndarray:
     """Ranks from 1; equal values share the mean of the ranks that they take up."""
-    values = np.asarray(values)
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place]
+    _, place, count = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -22,23 +20,20 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
     NaN if either side is constant or has a NaN, as scipy.stats.spearmanr.
     """
-    if np.isnan([a, b]).any():
-        return float("nan")
-    x, y = ranks(a), ranks(b)
-    x, y = x - x.mean(), y - y.mean()
+    x, y = (side - side.mean() for side in (ranks(a), ranks(b)))
     norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm else float("nan")
+    return float(x @ y / norm) if norm and not np.isnan([a, b]).any() else float("nan")
 
 
 def ndcg(relevance: np.ndarray, scores: np.ndarray, k: int = 10) -> float:
     """Normalised discounted cumulative gain of the first k, averaged over queries.
 
     relevance and scores: (queries, candidates). A candidate at rank r counts its relevance over
-    log2(1 + r); candidates with equal scores share the discount of the ranks that they take up. A
-    query without a relevant candidate counts 0. As sklearn.metrics.ndcg_score.
+    log2(1 + r); equal scores share the mean discount of the ranks that they take up. A query
+    without a relevant candidate counts 0. As sklearn.metrics.ndcg_score.
     """
-    M = relevance.shape[1]
-    discount = np.where(np.arange(M) < k, 1 / np.log2(np.arange(M) + 2), 0.0)
+    discount = 1 / np.log2(np.arange(scores.shape[1]) + 2)
+    discount[k:] = 0
     total = np.concatenate([[0.0], np.cumsum(discount)])
     found = []
     for gain, score in zip(relevance.astype(np.float64), scores, strict=True):
@@ -62,10 +57,10 @@ def recall(relevance: np.ndarray, scores: np.ndarray, k: int) -> float:
 def v_measure(labels: Sequence, clusters: Sequence) -> float:
     """Harmonic mean of homogeneity and completeness (Rosenberg & Hirschberg 2007).
 
-    As sklearn.metrics.v_measure_score.
+    It is the mutual information of labels and clusters over the mean of their entropies. 1 where
+    both are constant. As sklearn.metrics.v_measure_score.
     """
-    _, a = np.unique(np.asarray(labels), return_inverse=True)
-    _, b = np.unique(np.asarray(clusters), return_inverse=True)
+    (_, a), (_, b) = (np.unique(np.asarray(x), return_inverse=True) for x in (labels, clusters))
     joint = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(joint, (a, b), 1 / len(a))
 
@@ -73,12 +68,8 @@ def v_measure(labels: Sequence, clusters: Sequence) -> float:
         p = p[p > 0]
         return float(-(p * np.log(p)).sum())
 
-    of_labels, of_clusters = entropy(joint.sum(1)), entropy(joint.sum(0))
-    mutual = of_labels + of_clusters - entropy(joint)
-    homogeneity = mutual / of_labels if of_labels else 1.0
-    completeness = mutual / of_clusters if of_clusters else 1.0
-    both = homogeneity + completeness
-    return 2 * homogeneity * completeness / both if both > 0 else 0.0
+    both = entropy(joint.sum(1)) + entropy(joint.sum(0))
+    return 2 * (both - entropy(joint)) / both if both else 1.0
 
 
 def entities(labels: Sequence[str]) -> set[tuple[int, int, str]]:
@@ -102,6 +93,8 @@ def entity_f1(gold: Sequence[Sequence[str]], guess: Sequence[Sequence[str]]) -> 
 
     As seqeval.metrics.f1_score; 0 where there is no entity on either side.
     """
-    true = {(i, *span) for i, labels in enumerate(gold) for span in entities(labels)}
-    said = {(i, *span) for i, labels in enumerate(guess) for span in entities(labels)}
+    true, said = (
+        {(i, *span) for i, labels in enumerate(side) for span in entities(labels)}
+        for side in (gold, guess)
+    )
     return 2 * len(true & said) / max(1, len(true) + len(said))

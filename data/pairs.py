@@ -51,7 +51,7 @@ def as_pair(line: bytes, where: str, instruction: str | None) -> dict:
         pair = {
             "query": raw["query"],
             "positive": raw["positive"],
-            "negatives": [negatives] if isinstance(negatives, str) else list(negatives),
+            "negatives": negatives if isinstance(negatives, list) else [negatives],
             "instruction": raw.get("instruction") or instruction or "",
         }
         texts = [pair["query"], pair["positive"], pair["instruction"], *pair["negatives"]]

@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 import llm2vec
 import lora
 import train
-from data import benchmarks, figures
+from data import benchmarks, export, figures
 from llm2vec import LLM2Vec
 from lora import load_adapter, merge_lora, quantize_nf4
 
 AWAY = torch.device("lazy")  # a device that torch names and this build does not have
 TEXTS = ["A man plays a guitar.", "Stocks fell sharply on Monday, and " * 20, "x"]
 PAIRS = [
-    json.dumps({"query": q, "positive": q[::-1], "negatives": [], "instruction": "Find:"})
+    {"query": q, "positive": q[::-1], "negatives": [], "instruction": "Find:"}
     for q in ("one two", "three four", "five six", "seven")
 ]
 aten = torch.ops.aten
@@ -94,7 +94,7 @@ def away(monkeypatch):
     monkeypatch.setattr(torch, "lazy", SimpleNamespace(_initialized=False), raising=False)
     adam = sys.modules["torch.optim.adam"]
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
-    for module in (llm2vec, lora, train):
+    for module in (export, lora, train):
         for name in {"save_file", "save_bytes"} & set(vars(module)):
             save = getattr(module, name)
 
@@ -112,15 +112,14 @@ def away(monkeypatch):
 
 def tiny(device, quantize=False) -> LLM2Vec:
     model = LLM2Vec.from_pretrained(train.TINY, dtype=torch.float32)
+    del model.decoder.layers[2:]
     if quantize:
         quantize_nf4(model.decoder)
     for module in model.decoder.modules():
-        for kind in (module._parameters, module._buffers):
-            for name, weight in kind.items():
-                if weight is not None:
-                    moved = weight.detach().to(device)
-                    parameter = kind is module._parameters
-                    kind[name] = torch.nn.Parameter(moved, False) if parameter else moved
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(weight.detach().to(device), False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return model
 
 
@@ -142,7 +141,7 @@ def test_a_far_tensor_is_told_from_a_near_one(away):
 def test_encoding_and_scoring(away):
     near_by, model = tiny("cpu"), tiny(AWAY)
     np.testing.assert_allclose(model.encode(TEXTS), near_by.encode(TEXTS), atol=1e-4)
-    for _, baseline in train.baselines(model):
+    for _, baseline in benchmarks.baselines(model):
         assert np.isfinite(baseline.encode(TEXTS)).all()
     assert np.isfinite(figures.layer_cosines(model, TEXTS)).all()
     words = [["A", "man"], ["plays"]]
@@ -150,38 +149,35 @@ def test_encoding_and_scoring(away):
     for here, there in zip(*states, strict=True):
         torch.testing.assert_close(here, there, atol=1e-4, rtol=0)
     blocks = torch.tensor([model.tokenizer.encode(TEXTS[1]).ids])
-    assert 0 <= benchmarks.masked_accuracy(model, blocks, train.mask_id_of(model)) <= 1
+    assert 0 <= benchmarks.masked_accuracy(model, blocks, benchmarks.mask_id_of(model)) <= 1
 
 
-@pytest.mark.parametrize("quantize", [False, True], ids=["", "nf4-recomputed"])
+@pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, quantize):
+def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, nf4):
+    """In parts, recomputed and on a 4-bit base; or in one pass on weights as they are."""
     monkeypatch.setattr(llm2vec, "CHUNK", 2**16)
     # On a CPU adapters have a dropout of their own, elsewhere torch's: here its numbers for both.
     monkeypatch.setattr(lora, "kept", lambda x, p: F.dropout(torch.ones_like(x), p) > 0)
-    small = {"length": 16, "batch": 4, "steps": 3, "save_every": 1}
-    small["max_tokens"] = 64 if quantize else 8192  # in parts, or in one pass
-    small["recompute"] = 2 * quantize
-    settings = replace(train.SETTINGS[stage]["tiny"], **small, attention_dropout=0.0)
-    data = [PAIRS] if stage == "supervised" else TEXTS
+    small = {"length": 16, "batch": 4, "steps": 3, "save_every": 1, "attention_dropout": 0.0}
+    small |= {"max_tokens": 32, "recompute": 1} if nf4 else {}
+    settings = replace(train.STAGES[stage].presets["tiny"], **small)
+    data = [PAIRS] if train.STAGES[stage].pairs else TEXTS
+
+    def save_and_stop(*args, save=train.Run.save):
+        save(*args)
+        raise InterruptedError
+
     losses = []
     for device in ("cpu", AWAY):
         folder = tmp_path / str(device)
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(train, "save_state", interrupted(train.save_state))
-            train.STAGES[stage](tiny(device, quantize), data, settings, folder)
-        train.STAGES[stage](tiny(device, quantize), data, settings, folder)
+            patch.setattr(train.Run, "save", save_and_stop)
+            train.STAGES[stage].run(tiny(device, nf4), data, settings, folder)
+        train.STAGES[stage].run(tiny(device, nf4), data, settings, folder)
         lines = (folder / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
         decoder = tiny(device).decoder
         load_adapter(decoder, folder)
         merge_lora(decoder)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def interrupted(save_state):
-    def save_and_stop(*args):
-        save_state(*args)
-        raise InterruptedError
-
-    return save_and_stop

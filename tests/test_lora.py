@@ -7,17 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_method import small_decoder
 
-from lora import (
-    PROJECTIONS,
-    adapted,
-    add_lora,
-    kept,
-    load_adapter,
-    merge_lora,
-    save_adapter,
-)
+from lora import adapted, add_lora, kept, load_adapter, merge_lora, save_adapter
 
 IDS = torch.arange(12).view(2, 6)
+SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def with_adapters(**changes):
@@ -34,52 +27,36 @@ def test_a_fresh_adapter_changes_nothing():
     before = decoder(IDS)
     parameters = add_lora(decoder, rank=4)
     assert torch.equal(decoder(IDS), before)
-    assert len(parameters) == 2 * 7 * 2, "A and B, of seven projections, of two layers"
-    assert len({p.data_ptr() for p in parameters}) == len(parameters)
-
-
-def test_an_adapter_adds_alpha_over_rank_times_b_a():
-    decoder = with_adapters()
-    module = decoder.layers[0].mlp.down_proj
-    x = torch.randn(5, 24)
-    delta = 12 / 3 * module.lora_B.weight @ module.lora_A.weight
-    torch.testing.assert_close(module(x), x @ (module.weight + delta).T)
-
-
-def test_a_starts_kaiming_uniform_and_b_zero():
-    decoder = small_decoder().float()
-    add_lora(decoder, rank=4)
+    assert len({p.data_ptr() for p in parameters}) == 2 * 7 * 2, "A, B; seven projections; 2 layers"
     for module in adapted(decoder).values():
         bound = module.in_features**-0.5  # Kaiming's bound with a = sqrt(5), as PEFT starts A
         assert 0.5 * bound < module.lora_A.weight.abs().max() <= bound
         assert not module.lora_B.weight.any()
 
 
+@pytest.mark.parametrize("alpha, scale", [(12, 12 / 3), (None, 2)])
+def test_an_adapter_adds_alpha_over_rank_times_b_a(alpha, scale):
+    module = with_adapters(alpha=alpha).layers[0].mlp.down_proj
+    x = torch.randn(5, 24)
+    delta = scale * module.lora_B.weight @ module.lora_A.weight
+    torch.testing.assert_close(module(x), x @ (module.weight + delta).T)
+
+
 def test_merged_equals_unmerged_and_leaves_plain_projections():
     decoder = with_adapters(dropout=0.5)
-    names = list(small_decoder().state_dict())
     before = decoder(IDS)
     merge_lora(decoder)
-    assert list(decoder.state_dict()) == names and not adapted(decoder)
+    assert list(decoder.state_dict()) == list(small_decoder().state_dict()) and not adapted(decoder)
     torch.testing.assert_close(decoder(IDS), before, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_is_on_the_adapters_input_and_in_training_only():
-    decoder = with_adapters(dropout=0.5)
-    assert torch.equal(decoder(IDS), decoder(IDS))
-    module = decoder.layers[0].mlp.down_proj.train()
-    x = torch.ones(1, 24)
-    outputs = torch.cat([module(x) for _ in range(200)])
-    assert len(outputs.unique(dim=0)) > 100
-    frozen = torch.nn.functional.linear(x, module.weight)
-    mean = outputs.mean(0, keepdim=True) - frozen
-    torch.testing.assert_close(mean, module.train(False)(x) - frozen, atol=0.5, rtol=0.3)
-
-
-def test_only_chosen_projections_are_adapted():
+@pytest.mark.parametrize("targets, expected", [(None, SEVEN), (["q_proj", "mlp.down_proj"],) * 2])
+def test_the_projections_that_were_chosen_are_adapted(targets, expected):
     decoder = small_decoder()
-    add_lora(decoder, targets=["q_proj", "down_proj"])
-    assert {name.rpartition(".")[2] for name in adapted(decoder)} == {"q_proj", "down_proj"}
+    add_lora(decoder, targets=targets)
+    ends = {end.rpartition(".")[2] for end in expected}
+    assert {name.rpartition(".")[2] for name in adapted(decoder)} == ends
+    assert len(adapted(decoder)) == 2 * len(ends), "in every layer, and nowhere else"
 
 
 def test_adapters_stay_float32_on_a_bfloat16_base():
@@ -91,67 +68,29 @@ def test_adapters_stay_float32_on_a_bfloat16_base():
     assert decoder(IDS).dtype == torch.bfloat16
     module = decoder.layers[1].self_attn.q_proj
     torch.nn.init.normal_(module.lora_B.weight, std=0.1)
-    expected = (module.weight.float() + module.delta()).bfloat16()
+    delta = 2 * module.lora_B.weight @ module.lora_A.weight
+    expected = (module.weight.float() + delta).bfloat16()
     merge_lora(decoder)
-    assert torch.equal(decoder.layers[1].self_attn.q_proj.weight, expected)
+    assert torch.equal(module.weight, expected)
 
 
-def test_a_saved_adapter_comes_back(tmp_path):
-    decoder = with_adapters()
-    save_adapter(decoder, tmp_path / "adapter")
-    again = small_decoder().float()
-    load_adapter(again, tmp_path / "adapter")
-    assert torch.equal(again(IDS), decoder(IDS))
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (3, 12)
-    assert sorted(config["target_modules"]) == sorted(PROJECTIONS)
-
-
-def test_what_can_not_be_added_is_named():
-    decoder = small_decoder()
-    with pytest.raises(ValueError, match="'qq_proj'"):
-        add_lora(decoder, targets=["qq_proj"])
-    with pytest.raises(ValueError, match="'mlp'"):
-        add_lora(decoder, targets=["q_proj", "mlp"])
-    with pytest.raises(ValueError, match="rank is 0"):
-        add_lora(decoder, rank=0)
-    add_lora(decoder)
-    with pytest.raises(ValueError, match="already"):
-        add_lora(decoder)
-    with pytest.raises(ValueError, match="no adapters"):
-        save_adapter(small_decoder(), "nowhere")
-
-
-def test_a_broken_adapter_is_named(tmp_path):
-    save_adapter(with_adapters(), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    state = load_file(file)
-    key = "base_model.model.layers.0.mlp.up_proj.lora_A.weight"
-    for change, said in [
-        ({key: state[key][:, 1:].contiguous()}, r"up_proj.lora_A is \[3, 15\]"),
-        ({"base_model.model.layers.9.mlp.up_proj.lora_A.weight": state[key].clone()}, "layers.9"),
-    ]:
-        save_file(state | change, file)
-        with pytest.raises(ValueError, match=said):
-            load_adapter(small_decoder(), tmp_path)
-    save_file({k: v for k, v in state.items() if k != key}, file)
-    with pytest.raises(ValueError, match="layers.0.mlp.up_proj has lora_B, not lora_A"):
-        load_adapter(small_decoder(), tmp_path)
-    file.write_bytes(b"\0" * 9)
-    with pytest.raises(ValueError, match="adapter_model.safetensors"):
-        load_adapter(small_decoder(), tmp_path)
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
-        load_adapter(small_decoder(), tmp_path)
+def test_dropout_is_on_the_adapters_input_and_in_training_only():
+    module = with_adapters(dropout=0.3).layers[0].mlp.up_proj
+    x = torch.ones(20_000, module.in_features)
+    plain = module(x[:1])
+    assert torch.equal(module(x[:1]), plain)
+    torch.manual_seed(0)
+    outputs = module.train()(x)
+    assert len(outputs[:200].unique(dim=0)) > 100
+    torch.testing.assert_close(outputs.mean(0), plain[0], atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_spares_each_number_with_the_chance_it_should(p):
     torch.manual_seed(0)
     x = torch.zeros(3, 7, 10_001)
-    spared = kept(x, p)
+    spared, n = kept(x, p), x.numel()
     assert spared.shape == x.shape
-    n = x.numel()
     assert abs((~spared).sum() - n * p) < 4 * (n * p * (1 - p)) ** 0.5, "four standard deviations"
     # Numbers that share 64 random bits, or lie far apart, are spared independently of each other.
     flat = spared.flatten().float() - (1 - p)
@@ -163,11 +102,56 @@ def test_dropout_spares_each_number_with_the_chance_it_should(p):
     assert not torch.equal(kept(x, p), spared)
 
 
-def test_dropout_keeps_the_mean():
-    decoder = with_adapters(dropout=0.3).train()
-    module = decoder.layers[0].mlp.up_proj
-    x = torch.ones(20_000, module.in_features)
-    torch.manual_seed(0)
-    with_dropout = module(x).mean(0)
-    module.train(False)
-    torch.testing.assert_close(with_dropout, module(x[0]), atol=0.02, rtol=0.02)
+def test_a_saved_adapter_comes_back(tmp_path):
+    decoder = with_adapters()
+    save_adapter(decoder, tmp_path / "adapter")
+    again = small_decoder().float()
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(IDS), decoder(IDS))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 12)
+    assert set(config["target_modules"]) == SEVEN
+
+
+def test_what_can_not_be_added_is_named():
+    decoder = small_decoder()
+    for changes, said in [
+        ({"targets": ["qq_proj"]}, "'qq_proj'"),
+        ({"targets": ["q_proj", "mlp"]}, "'mlp'"),
+        ({"rank": 0}, "rank is 0"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            add_lora(decoder, **changes)
+    add_lora(decoder)
+    with pytest.raises(ValueError, match="already"):
+        add_lora(decoder)
+    with pytest.raises(ValueError, match="no adapters"):
+        save_adapter(small_decoder(), "nowhere")
+
+
+UP = "base_model.model.layers.0.mlp.up_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda s: s.update({UP: s[UP][:, 1:].contiguous()}), r"up_proj.lora_A is \[3, 15\]"),
+        (lambda s: s.update({UP.replace("0", "9"): s[UP].clone()}), r"layers\.9\.mlp\.up_proj"),
+        (lambda s: s.pop(UP), "layers.0.mlp.up_proj has lora_B, not lora_A"),
+    ],
+)
+def test_a_broken_adapter_is_named_and_changes_no_model(spoil, said, tmp_path):
+    save_adapter(with_adapters(), tmp_path)
+    file, decoder = tmp_path / "adapter_model.safetensors", small_decoder()
+    state = load_file(file)
+    spoil(state)
+    save_file(state, file)
+    with pytest.raises(ValueError, match=f"{file}: .*{said}"):
+        load_adapter(decoder, tmp_path)
+    assert not adapted(decoder) and all(p.requires_grad for p in decoder.parameters())
+    file.write_bytes(b"\0" * 9)
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        load_adapter(decoder, tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
+        load_adapter(decoder, tmp_path)

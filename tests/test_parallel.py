@@ -1,12 +1,12 @@
 """Two processes do the work of one: the same adapters, the same vectors, and they end together."""
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,150 +15,163 @@ import torch
 from safetensors.torch import load_file
 
 import llm2vec
-from llm2vec import Decoder, LLM2Vec
+import train
+from data import files
+from data.corpus import WIKIPEDIA, read_documents
+from data.pairs import PAIRS, read_pairs
+from llm2vec import LLM2Vec
+from train import STAGES
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
-# Each stage a few steps without dropout, on batches that two processes can't share evenly.
-DRIVER = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-from dataclasses import replace
-from pathlib import Path
-import torch
-import train
-from data.corpus import WIKIPEDIA, read_documents
-from data.pairs import PAIRS, read_pairs
-from llm2vec import LLM2Vec, processes
 
-torch.set_num_threads(1)
-folder, stages, steps = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
-with processes():
-    for stage in stages:
-        data = read_pairs([PAIRS]) if stage == "supervised" else read_documents(WIKIPEDIA)[:150]
-        settings = replace(
-            train.SETTINGS[stage]["tiny"], steps=steps, batch=int(sys.argv[5]), length=24, lr=1e-4,
-            dropout=0.0, attention_dropout=0.0, save_every=5, max_tokens=int(sys.argv[4]),
-        )
-        train.STAGES[stage](LLM2Vec.from_pretrained({str(TINY)!r}), data, settings, folder / stage)
-"""
-STAGES = ("mntp", "simcse", "supervised")
+def go(folder: Path, stage: str, steps: int, max_tokens: int, batch: int) -> None:
+    """A stage without dropout, whose random numbers differ with the number of processes."""
+    model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
+    del model.decoder.layers[2:]
+    data = read_pairs([PAIRS]) if STAGES[stage].pairs else read_documents(WIKIPEDIA)[:150]
+    how = {"steps": steps, "max_tokens": max_tokens, "batch": batch, "length": 24, "lr": 1e-4}
+    how |= {"dropout": 0.0, "attention_dropout": 0.0, "save_every": 5}
+    STAGES[stage].run(model, data, replace(STAGES[stage].presets["tiny"], **how), folder)
 
 
-def command(ranks: int, *args: object) -> list[str]:
-    start = [sys.executable] if ranks == 1 else TORCHRUN
-    return [*start, *map(str, args)]
+# Shares are unequal, or the second process has none; in one pass, or in parts of 60 tokens.
+RUNS = [(stage, 4, n, 7) for stage in STAGES for n in (8192, 60)] + [("mntp", 4, 8192, 1)]
 
 
-def quiet() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+def torchrun(*args: object) -> subprocess.Popen:
+    env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    return subprocess.Popen([*TORCHRUN, *map(str, args)], **how)
 
 
-def run(ranks: int, *args: object) -> subprocess.CompletedProcess:
-    how = {"capture_output": True, "text": True, "env": quiet(), "timeout": 240}
-    return subprocess.run(command(ranks, *args), **how)
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("driver") / "driver.py"
-    file.write_text(DRIVER)
-    return file
+def newest(folder: Path) -> int:
+    """The step of the newest state in a run folder, 0 if there is none."""
+    return max((int(f.stem[6:]) for f in folder.glob("state-*.safetensors")), default=0)
 
 
-@pytest.mark.parametrize("batch, stages", [(7, STAGES), (1, ("mntp",))])
-def test_two_processes_reach_the_adapter_of_one(driver, tmp_path, batch, stages):
-    """Shares are unequal, or the second process has none; in one pass, or in parts of 60 tokens."""
-    for ranks, max_tokens in ((1, 8192), (2, 8192), (2, 60)):
-        folder = tmp_path / f"{ranks}-{max_tokens}"
-        done = run(ranks, driver, folder, ",".join(stages), 4, max_tokens, batch)
-        assert done.returncode == 0, done.stderr[-2000:]
-    for stage in stages:
-        folders = [tmp_path / name / stage for name in ("1-8192", "2-8192", "2-60")]
-        one, *two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+def test_two_processes_reach_the_adapters_of_one(tmp_path):
+    job = torchrun(__file__, tmp_path, json.dumps(RUNS))
+    for run in {(stage, steps, 8192, batch) for stage, steps, _, batch in RUNS}:
+        go(tmp_path / f"alone-{run}", *run)
+    _, errors = job.communicate(timeout=240)
+    assert job.returncode == 0, errors[-2000:]
+    for stage, steps, max_tokens, batch in RUNS:
+        alone = tmp_path / f"alone-{(stage, steps, 8192, batch)}"
+        both = tmp_path / f"both-{(stage, steps, max_tokens, batch)}"
+        one, two = (load_file(folder / "adapter_model.safetensors") for folder in (alone, both))
         assert max(w.abs().max() for name, w in one.items() if "lora_B" in name) > 1e-5
-        for adapter in two:
-            for name, weight in one.items():
-                torch.testing.assert_close(adapter[name], weight, atol=1e-6, rtol=0)
-        losses = [
-            [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-            for folder in folders
-        ]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-        assert losses[0] == pytest.approx(losses[2], abs=1e-5)
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, atol=1e-6, rtol=0)
+        losses = [[line["loss"] for line in log_of(folder)] for folder in (alone, both)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == steps
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(driver, tmp_path):
-    args = (driver, tmp_path / "run", "mntp", 400, 8192, 7)
-    job = subprocess.Popen(
-        command(2, *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet()
-    )
-    log = tmp_path / "run" / "mntp" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
+    run = ("mntp", 4000, 8192, 7)
+    folder, args = tmp_path / f"both-{run}", (__file__, tmp_path, json.dumps([run]))
+    job = torchrun(*args)
+    deadline = time.monotonic() + 240
+    while newest(folder) == 0 and time.monotonic() < deadline:
         time.sleep(0.1)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    workers = [c for c in children if b"driver.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    workers = [c for c in children if b"parallel.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
     assert len(workers) == 2
-    start = time.monotonic()
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode != 0 and time.monotonic() - start < 60
-    assert "SIGKILL" in errors or "Signal 9" in errors
-    states = sorted((tmp_path / "run" / "mntp").glob("state-*.safetensors"))
-    assert states
-    saved = int(states[-1].stem.removeprefix("state-"))
-    again = subprocess.Popen(command(2, *args), stdout=subprocess.PIPE, text=True, env=quiet())
-    while time.monotonic() < deadline + 60:
-        lines = log.read_text().splitlines()
-        if lines and json.loads(lines[-1])["step"] > saved + 8:
-            break
+    assert job.returncode != 0 and ("SIGKILL" in errors or "Signal 9" in errors)
+    saved = newest(folder)
+    again = torchrun(*args)
+    while newest(folder) < saved + 50 and again.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     again.terminate()
-    again.communicate(timeout=60)
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] > saved + 8
+    _, errors = again.communicate(timeout=60)
+    steps = [line["step"] for line in log_of(folder)]
+    assert newest(folder) >= saved + 50 and steps == list(range(40, steps[-1] + 1, 40)), errors
 
 
-def test_texts_are_shared_out_and_vectors_joined_in_order(tmp_path):
-    texts = [f"Text number {i}" + " and so on" * (i % 7) for i in range(23)]
+@pytest.mark.parametrize("ranks, count", [(2, 23), (3, 7), (3, 2)])
+@pytest.mark.parametrize("suffix", ["npy", "jsonl"])
+def test_parts_of_a_file_joined_are_the_file_of_one_process(
+    ranks, count, suffix, tmp_path, monkeypatch
+):
+    """Even where there are more processes than texts."""
+    encoder = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
+    texts = [f"Text number {i}" + " and so on" * (i % 7) for i in range(count)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    whole = tmp_path / f"v.{suffix}"
+    files.encode_file(encoder, str(tmp_path / "texts.txt"), str(whole))
+    monkeypatch.setattr(files, "WORLD_SIZE", ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(files, "RANK", rank)
+        files.encode_file(encoder, str(tmp_path / "texts.txt"), str(whole))
+    parts = sorted(tmp_path.glob("v-*"))
+    names = [f"v-{rank:05d}-of-{ranks:05d}.{suffix}" for rank in range(ranks)]
+    assert [part.name for part in parts] == names
+    if suffix == "npy":
+        joined = np.concatenate([np.load(part) for part in parts])
+        np.testing.assert_allclose(joined, np.load(whole), atol=1e-5)
+    else:
+        one, joined = ([json.loads(x) for p in ps for x in p.open()] for ps in ([whole], parts))
+        assert [line["text"] for line in joined] == [line["text"] for line in one] == texts
+        vectors = ([line["vector"] for line in lines] for lines in (joined, one))
+        np.testing.assert_allclose(*vectors, atol=1e-5)
+
+
+def test_a_part_with_a_bad_line_is_not_written_and_the_line_is_named(tmp_path, monkeypatch):
+    encoder, source = LLM2Vec.from_pretrained(TINY), tmp_path / "texts.txt"
+    source.write_bytes(b"one\ntwo\nthree\n\xff\n")
+    monkeypatch.setattr(files, "WORLD_SIZE", 2)
+    files.encode_file(encoder, str(source), str(tmp_path / "v.npy"))
+    monkeypatch.setattr(files, "RANK", 1)
+    with pytest.raises(ValueError, match=r"texts.txt, line 4: .*utf-8"):
+        files.encode_file(encoder, str(source), str(tmp_path / "v.npy"))
+    with pytest.raises(ValueError, match="- is for one process"):
+        files.encode_file(encoder, "-", str(tmp_path / "v.npy"))
+    left = sorted(file.name for file in tmp_path.iterdir())
+    assert left == ["texts.txt", "v-00000-of-00002.npy"]
+
+
+@pytest.mark.slow
+def test_real_processes_write_the_parts_of_a_file(tmp_path):
+    texts = [f"Text number {i}" for i in range(23)]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
     args = ("--model", TINY, "--input", tmp_path / "texts.txt", "--output", tmp_path / "v.npy")
-    done = run(2, ROOT / "llm2vec.py", "encode", *args)
-    assert done.returncode == 0, done.stderr[-2000:]
+    job = torchrun(ROOT / "llm2vec.py", "encode", *args)
+    _, errors = job.communicate(timeout=240)
+    assert job.returncode == 0, errors[-2000:]
+    joined = np.concatenate([np.load(part) for part in sorted(tmp_path.glob("v-*.npy"))])
     expected = LLM2Vec.from_pretrained(TINY).encode(texts)
-    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["texts.txt", "v.npy"]
+    np.testing.assert_allclose(joined, expected, atol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_process_takes_its_gpu_before_it_loads_the_model(monkeypatch):
-    done = []
-
-    @contextlib.contextmanager
-    def processes():
-        done.append("its GPU")
-        yield
-
-    monkeypatch.setattr(llm2vec, "processes", processes)
-    monkeypatch.setattr(LLM2Vec, "from_pretrained", lambda *_, **__: done.append("the model"))
-    monkeypatch.setattr(llm2vec, "encode_file", lambda *_: done.append("texts"))
-    args = ["encode", "--model", "m", "--input", "a.txt", "--output", "v.npy"]
-    monkeypatch.setattr(sys, "argv", ["llm2vec.py", *args])
-    llm2vec.main()
-    assert done == ["its GPU", "the model", "texts"]
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+def test_each_process_loads_its_model_onto_its_own_gpu(monkeypatch):
+    """Also where the flag says cuda, which safetensors takes for the first one."""
     loaded = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(llm2vec, "load_weights", lambda *args: loaded.append(args[-1]))
-    for device in ("cuda", "cuda:1", "cpu"):
-        Decoder.from_pretrained(TINY, device=device)
-    assert loaded == [torch.device(name) for name in ("cuda:3", "cuda:1", "cpu")]
+    for device in (None, "cuda", "cuda:1", "cpu"):
+        LLM2Vec.from_pretrained(TINY, device=device, dtype=torch.bfloat16)
+    assert loaded == [torch.device(name) for name in ("cuda:3", "cuda:3", "cuda:1", "cpu")]
 
 
-def test_only_stages_are_shared_out(tmp_path):
-    how = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 60}
-    env = quiet() | {"RANK": "0", "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, ROOT / "train.py"], env=env, **how)
-    assert done.returncode == 2 and "torchrun shares out a stage (mntp" in done.stderr
+def test_only_stages_are_shared_out(monkeypatch):
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(ValueError, match=r"torchrun shares out a stage \(mntp"):
+        train.main()
+
+
+if __name__ == "__main__":  # of torchrun
+    with train.processes():
+        for run in json.loads(sys.argv[2]):
+            go(Path(sys.argv[1]) / f"both-{tuple(run)}", *run)

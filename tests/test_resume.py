@@ -1,5 +1,6 @@
 """A run that was stopped, however it was stopped, ends with the bits of one that was not."""
 
+import errno
 import json
 import os
 import random
@@ -7,43 +8,51 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import llm2vec
+import lora
 import train
 from data.corpus import WIKIPEDIA, read_documents
 from data.pairs import PAIRS, read_pairs
 from llm2vec import LLM2Vec
-from train import SETTINGS, STAGES
+from train import STAGES
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
-STEPS = 9
 # With dropout, in every stage's tiny settings; and a batch is taken in parts: four and two blocks
 # of masked tokens, whose gradients add up, and at least three parts of sentences (GradCache).
-QUICK = {
-    stage: replace(
-        SETTINGS[stage]["tiny"], steps=STEPS, batch=6, length=16, save_every=2, max_tokens=64
-    )
-    for stage in STAGES
-}
+CHANGES = {"steps": 7, "batch": 6, "length": 16, "save_every": 2, "max_tokens": 64}
+DOCUMENTS, SOME_PAIRS = read_documents(WIKIPEDIA)[:150], [read_pairs([PAIRS])[0][:200]]
 
 
 class Killed(BaseException):
     """Ends a run as SIGKILL would: nothing in the project catches it."""
 
 
-@pytest.fixture(scope="module")
-def documents() -> list[str]:
-    return read_documents(WIKIPEDIA)[:150]
+def die(*_, **__):
+    raise Killed
 
 
-def go(stage: str, documents: list[str], folder: Path, **changes) -> LLM2Vec:
-    model = LLM2Vec.from_pretrained(TINY)
-    data = read_pairs([PAIRS]) if stage == "supervised" else documents
-    STAGES[stage](model, data, replace(QUICK[stage], **changes), folder)
+def after(n: int, call: Callable, then: Callable = die) -> Callable:
+    """`call` for n times, and `then` from there on."""
+    left = iter(range(n))
+    return lambda *args, **how: (then if next(left, None) is None else call)(*args, **how)
+
+
+def go(stage: str, folder: Path, documents: list[str] = DOCUMENTS, **changes) -> LLM2Vec:
+    model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
+    del model.decoder.layers[2:]
+    data = SOME_PAIRS if STAGES[stage].pairs else documents
+    settings = replace(STAGES[stage].presets["tiny"], **CHANGES | changes)
+    STAGES[stage].run(model, data, settings, folder)
     return model
 
 
@@ -51,122 +60,211 @@ def adapter(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(documents, tmp_path_factory) -> dict[str, bytes]:
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    """The adapters of runs that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
     for stage in STAGES:
-        go(stage, documents, folder / stage)
+        go(stage, folder / stage)
     return {stage: adapter(folder / stage) for stage in STAGES}
 
 
+MOMENTS = (  # and how often a run comes there: two calls a step; settings, log, states, adapter
+    (train.Batches, "__getitem__", 7),
+    (train, "learning_rate", 14),
+    (train, "save_bytes", 3),
+    (os, "replace", 7),
+)
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_runs_end_with_the_same_bits(stage, documents, uninterrupted, tmp_path, monkeypatch):
-    """Ten moments each: in the middle of a step, of a write, or just before the rename."""
-    moments = random.Random(stage)
-    for trial in range(10):
-        folder = tmp_path / str(trial)
-        where = moments.choice(["batch_at", "learning_rate", "save_bytes", "replace"])
-        countdown = moments.randrange(1, 5)
-        owner = os if where == "replace" else train
-        original = getattr(owner, where)
-
-        def dying(*args, original=original, **kwargs):
-            nonlocal countdown
-            countdown -= 1
-            if countdown == 0:
-                raise Killed
-            return original(*args, **kwargs)
-
+@pytest.mark.parametrize("trials", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_runs_end_with_the_same_bits(stage, trials, whole, tmp_path, monkeypatch):
+    """Before or in the middle of a step, of a write, or just before a rename."""
+    draw = random.Random(f"{stage} {trials}")
+    for trial in range(trials):
+        folder, (owner, name, most) = tmp_path / str(trial), draw.choice(MOMENTS)
+        n = draw.randrange(most)
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(owner, where, dying)
-            go(stage, documents, folder)
+            patch.setattr(owner, name, after(n, getattr(owner, name)))
+            go(stage, folder)
         assert not (folder / "adapter_config.json").exists()
-        go(stage, documents, folder)
-        assert adapter(folder) == uninterrupted[stage], (where, trial)
-        steps = [json.loads(x)["step"] for x in (folder / "log.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, STEPS + 1))
+        go(stage, folder)
+        assert adapter(folder) == whole[stage], (name, n)
+        assert steps(folder) == list(range(1, 8))
         assert not list(folder.glob("*.part")) and not list(folder.glob("state-*"))
 
 
-def test_a_broken_state_is_passed_over_for_the_one_before(
-    documents, uninterrupted, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("file, size", [("state-00000006.safetensors", 1000), ("log.jsonl", -9)])
+def test_a_file_that_was_cut_off_is_passed_over(file, size, whole, tmp_path, monkeypatch):
+    """A state for the one before it, the last line of a log with the step that it is of."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
-
-        def die(model, folder):
-            raise Killed
-
-        patch.setattr(train, "save_adapter", die)
-        go("mntp", documents, tmp_path)
+        patch.setattr(lora, "write_whole", die)
+        go("mntp", tmp_path)
     states = sorted(tmp_path.glob("state-*"))
-    assert [state.stem for state in states] == ["state-00000006", "state-00000008"]
-    states[-1].write_bytes(states[-1].read_bytes()[:1000])
-    go("mntp", documents, tmp_path)
-    assert adapter(tmp_path) == uninterrupted["mntp"]
+    assert [state.stem for state in states] == ["state-00000004", "state-00000006"]
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:size])
+    go("mntp", tmp_path)
+    assert adapter(tmp_path) == whole["mntp"] and steps(tmp_path) == list(range(1, 8))
 
 
-def test_a_finished_stage_is_not_run_again(documents, tmp_path, monkeypatch):
-    first = go("simcse", documents, tmp_path)
-    monkeypatch.setattr(train, "contrast", None)
-    again = go("simcse", documents, tmp_path)
-    assert (first.encode(documents[:3]) == again.encode(documents[:3])).all()
+@pytest.mark.parametrize("writes", range(7))
+def test_a_full_disk_loses_nothing_that_was_there(writes, whole, tmp_path, monkeypatch):
+    """The settings, the log, three states, the adapter's two: each write meets a full disk."""
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", after(writes, os.fsync, full))
+        go("mntp", tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+    for file in tmp_path.glob("*.safetensors"):
+        load_file(file)
+    assert not (tmp_path / "adapter_config.json").exists()
+    go("mntp", tmp_path)
+    assert adapter(tmp_path) == whole["mntp"]
 
 
-def test_other_settings_or_data_are_refused_by_name(documents, tmp_path):
-    go("mntp", documents, tmp_path)
-    before = adapter(tmp_path)
-    for changes, said in [
-        ({"lr": 1e-4}, "lr was 0.002 and is 0.0001"),
-        ({"seed": 3}, "seed was 0"),
-    ]:
+def test_out_of_memory_names_the_flag_and_leaves_a_state(whole, tmp_path, monkeypatch):
+    """All layers are recomputed already: there is nothing left to try."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "contrast", after(3, train.contrast, full))
+        said = r"step 4: out of memory; lower --max-tokens \(64\) or --length \(16\): CUDA out"
         with pytest.raises(ValueError, match=said):
-            go("mntp", documents, tmp_path, **changes)
-    with pytest.raises(ValueError, match="data was"):
-        go("mntp", documents[1:], tmp_path)
-    go("mntp", documents, tmp_path, max_tokens=48)  # changes memory, not the result
-    assert adapter(tmp_path) == before
+            go("simcse", tmp_path, recompute=2)
+    assert [file.name for file in tmp_path.glob("state-*")] == ["state-00000002.safetensors"]
+    go("simcse", tmp_path)
+    assert adapter(tmp_path) == whole["simcse"]
 
 
-def test_a_folder_of_something_else_is_refused(documents, tmp_path):
+def test_out_of_memory_elsewhere_is_one_line_and_other_errors_are_not(capsys):
+    with pytest.raises(SystemExit) as status:
+        llm2vec.run(lambda: torch.empty(2**50))
+    said = capsys.readouterr().err
+    assert status.value.code == 2 and said.count("\n") == 1 and "can't allocate memory" in said
+    with pytest.raises(RuntimeError):
+        llm2vec.run(lambda: torch.ones(2) @ torch.ones(3))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before_it(
+    tmp_path, monkeypatch
+):
+    spoiled = after(5, train.contrast, lambda *_: (float("nan"), 1))
+    monkeypatch.setattr(train, "contrast", spoiled)
+    with pytest.raises(ValueError, match="step 6: the loss is nan"):
+        go("simcse", tmp_path)
+    assert max(tmp_path.glob("state-*")).name == "state-00000005.safetensors"
+
+
+# --- What is in the folder already -------------------------------------------------------------
+
+
+def test_a_finished_stage_is_not_run_again_and_says_so(tmp_path, monkeypatch, capsys):
+    first = go("simcse", tmp_path)
+    monkeypatch.setattr(train, "contrast", None)
+    assert "finished before" not in capsys.readouterr().out
+    again = go("simcse", tmp_path)
+    assert f"{tmp_path}: finished before; --overwrite trains it anew" in capsys.readouterr().out
+    assert (first.encode(DOCUMENTS[:3]) == again.encode(DOCUMENTS[:3])).all()
+
+
+def test_other_settings_data_or_code_are_refused_by_name(tmp_path, monkeypatch):
+    """Of a run that is finished, and of one that is not."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(lora, "write_whole", die)
+        go("mntp", tmp_path / "begun")
+    go("mntp", tmp_path / "done")
+    before = adapter(tmp_path / "done")
+    for name in ("llm2vec.py", "lora.py", "train.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    for folder in (tmp_path / "begun", tmp_path / "done"):
+        for changes, said in (
+            ({"lr": 1e-4}, "lr was 0.002 and is 0.0001; --overwrite trains it anew"),
+            ({"seed": 3}, "seed was 0"),
+            ({"documents": DOCUMENTS[1:]}, "data was"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                go("mntp", folder, **changes)
+        for name in ("llm2vec.py", "lora.py", "train.py"):  # a change in any of them
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "__file__", str(tmp_path / "train.py"))
+                text = (tmp_path / name).read_text()
+                (tmp_path / name).write_text(text + "# changed\n")
+                with pytest.raises(ValueError, match="code was .* --overwrite trains it anew"):
+                    go("mntp", folder)
+                (tmp_path / name).write_text(text)
+        go("mntp", folder, max_tokens=48, recompute=1)  # changes memory, not the result
+    assert adapter(tmp_path / "done") == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("three years of work")
     with pytest.raises(ValueError, match="not a run folder"):
-        go("mntp", documents, tmp_path)
+        go("mntp", tmp_path)
     train.clear(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
-    documents, tmp_path, monkeypatch
-):
-    original = train.contrast
-
-    def spoiled(*args, calls=[]):  # noqa: B006 (counts calls)
-        calls.append(1)
-        return original(*args) if len(calls) < 6 else (float("nan"), 1)
-
-    monkeypatch.setattr(train, "contrast", spoiled)
-    with pytest.raises(ValueError, match=r"step 6 \(batch 6 of epoch 1\): the loss is nan"):
-        go("simcse", documents, tmp_path)
-    assert max(tmp_path.glob("state-*")).name == "state-00000005.safetensors"
+# --- Real processes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "mntp", "--preset", "tiny"]
-    command += ["--steps", "500", "--batch", "2", "--length", "16"]
+@pytest.mark.slow
+@pytest.mark.parametrize("limit, left", [(300_000, []), (20_000_000, ["adapter_config.json"])])
+def test_a_file_that_cannot_grow_ends_a_real_run_in_one_line(limit, left, tmp_path):
+    """A limit on the size of files stands in for a disk that is full: of the adapter, the encoder.
+
+    The same command, with room again, finishes what it had begun.
+    """
+    code = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "limit = int(sys.argv.pop(1));"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY));"
+        f"sys.argv = ['train.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r});"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    )
+    run = tmp_path / "run"
+    args = ["simcse", "--model", str(TINY), "--preset", "tiny", "--steps", "3", "--batch", "4"]
+    args += ["--dtype", "float32"]  # as large on every machine
+
+    def go_on(limit: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code, str(limit), *args, "--output", str(run)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = go_on(limit)
+    assert done.returncode == 2 and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert [file.name for file in run.glob("adapter_config*")] == left
+    assert not (run / "encoder").exists() and not list(tmp_path.rglob("*.part"))
+    assert not list(run.glob(".new-*"))
+    assert go_on(10**9).returncode == 0
+    assert np.isfinite(LLM2Vec.from_pretrained(run / "encoder").encode(["x"])).all()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_with_one_line_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "mntp", "--preset", "tiny", "--batch", "2"]
+    command += ["--length", "16", "--save-every", "20", "--steps", "60"]
     command += ["--model", str(TINY), "--output", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.send_signal(number)  # twice in a row does no harm
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and errors == ""
-    assert "the same command goes on from there" in out
-    [state] = (tmp_path / "run").glob("state-*")
-    assert state.stat().st_size > 0
+    while not list(tmp_path.glob("run/state-*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.strip() == "interrupted"
+    assert list((tmp_path / "run").glob("state-*"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path / "run") == list(range(1, 61))
 
 
 KILLER = f"""
@@ -182,17 +280,17 @@ from data.corpus import WIKIPEDIA, read_documents
 from llm2vec import LLM2Vec
 
 documents = read_documents(WIKIPEDIA)[:40]
-model = LLM2Vec.from_pretrained({str(TINY)!r})
+model = LLM2Vec.from_pretrained({str(TINY)!r}, dtype=torch.float32)
 root, draw = Path(sys.argv[1]), random.Random(0)
 
 
 def start(stage, folder):
     child = os.fork()
     if child == 0:
-        settings = train.SETTINGS[stage]["tiny"]
+        settings = train.STAGES[stage].presets["tiny"]
         settings = replace(settings, steps=6, batch=4, length=8, max_tokens=16, save_every=1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        train.STAGES[stage](model, documents, settings, folder)
+        train.STAGES[stage].run(model, documents, settings, folder)
         os._exit(0)
     return child
 
@@ -226,6 +324,7 @@ print(same, killed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_twenty_processes_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     """With dropout, in several parts a step, from a state of every step."""
