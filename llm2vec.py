@@ -154,28 +154,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for every head: q is (B, H, T, D), k and v are (B, K, T, D).
+# Not cuDNN's kernel: it plans for a third of a second for each new shape, and batches differ.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-    torch's kernel holds no T x T matrix. For short texts on a CPU, `attend_in_full` is faster.
-    """
-    if q.device.type == "cpu" and q.shape[2] <= 128:
-        return attend_in_full(q, k, v, mask, dropout)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for every head: q is (B, H, T, D), k and v are (B, K, T, D)."""
     group = q.shape[1] // k.shape[1]  # query heads that share a key/value head
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    # Not cuDNN's kernel: it plans a third of a second for each new shape, and batches differ.
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    with sdpa_kernel(KERNELS):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-
-
-def attend_in_full(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """`attend` by the formula as it stands: on a CPU ATTEND_GAIN."""
-    B, H, T, D = q.shape
-    q = q.reshape(B, k.shape[1], -1, D)  # (B, K, H/K T, D): the queries of each key/value head
-    scores = (q * D**-0.5) @ k.transpose(2, 3)  # (B, K, H/K T, T)
-    if mask is not None:
-        scores = scores.view(B, H, T, T).masked_fill(~mask, float("-inf")).view_as(scores)
-    return (F.dropout(scores.softmax(dim=-1), dropout) @ v).view(B, H, T, D)
 
 
 class Attention(nn.Module):

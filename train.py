@@ -139,7 +139,7 @@ def fit(
     torch.manual_seed(settings.seed)
     parameters = trained.start(decoder, settings)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
-    with training(decoder, settings), run:
+    with training(decoder, settings):
         for step in range(run.restore(parameters, optimizer), settings.steps):
             loss, tokens = within_memory(decoder, settings, step, backward, batches[step])
             loss = sum_over_processes(parameters, loss)
@@ -427,13 +427,7 @@ STAGES = {
                 length=24, batch=64, steps=40, lr=5e-3, warm_up=10, attention_dropout=0.6
             ),
             "laptop": Settings(
-                length=32,
-                batch=32,
-                steps=80,
-                lr=1e-3,
-                warm_up=8,
-                attention_dropout=0.3,
-                dropout=0.0,
+                length=32, batch=32, steps=80, lr=1e-3, warm_up=8, attention_dropout=0.3, dropout=0
             ),
         },
     ),
@@ -512,13 +506,13 @@ def identity(model: LLM2Vec, datasets: Sequence[Sequence], settings: Settings) -
     decoder, here = model.decoder, Path(__file__).parent
     firsts = [p.detach().flatten()[:256].float().cpu() for p in decoder.parameters()]
     return asdict(settings) | {
+        "quantize": "nf4" if lora.is_quantized(decoder) else None,
+        "dtype": str(decoder.norm.weight.dtype),
+        "processes": WORLD_SIZE,
         "code": digest((here / n).read_text() for n in ("llm2vec.py", "lora.py", "train.py")),
         "data": digest(item for items in datasets for item in items),
         "model": digest([torch.cat(firsts), decoder.config]),
-        "quantize": "nf4" if lora.is_quantized(decoder) else None,
-        "dtype": str(decoder.norm.weight.dtype),
         "tokenizer": digest([model.tokenizer.to_str()]),
-        "processes": WORLD_SIZE,
     }
 
 
@@ -538,7 +532,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: Settings, identity: dict):
-        self.folder, self.settings, self.file = folder, settings, None
+        self.folder, self.steps, self.log_file = folder, settings.steps, folder / "log.jsonl"
         once(lambda: self.open(identity))
         self.finished = (folder / "finished").exists()
 
@@ -551,28 +545,33 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             lora.write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
         before = llm2vec.read_json(file)
-        harmless = "max_tokens", "recompute", "save_every"  # they do not change the result
         for key, value in identity.items():
-            if key not in harmless and before.get(key) != value:
+            changes_the_result = key not in ("max_tokens", "recompute", "save_every")
+            if changes_the_result and before.get(key) != value:
                 change = f"{key} was {before.get(key)!r} and is {value!r}"
                 what = f"a run with other settings, {change}; --overwrite trains it anew"
                 raise ValueError(f"{self.folder}: {what}")
 
+    def states(self) -> list[Path]:
+        return sorted(self.folder.glob("state-*.safetensors"), reverse=True)
+
     def restore(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
         """Go back to the newest complete state; returns the number of steps done."""
         done = 0
-        for file in sorted(self.folder.glob("state-*.safetensors"), reverse=True):
-            try:
+        for file in self.states():
+            with contextlib.suppress(SafetensorError):  # cut off by a full disk
                 tensors = load_file(file)
-            except SafetensorError:  # cut off by a full disk
-                continue
-            done = int(file.stem.removeprefix("state-"))
-            for i, p in enumerate(parameters):
-                own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
-                p.data.copy_(own.pop("weight"))
-                optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
-            break
-        self.open_log(done)
+                done = int(file.stem.removeprefix("state-"))
+                break
+        for i, p in enumerate(parameters if done else ()):
+            own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
+            p.data.copy_(own.pop("weight"))
+            optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
+        lines = self.log_file.read_text().splitlines(True) if self.log_file.exists() else []
+        lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
+        once(lambda: lora.write_whole(self.log_file, "".join(lines).encode()))
+        self.before = json.loads(lines[-1])["seconds"] if lines else 0.0
+        self.first, self.start, self.losses, self.tokens = done, time.monotonic(), [], 0
         return done
 
     def save(self, step: int, parameters: list[nn.Parameter], optimizer) -> None:
@@ -581,58 +580,33 @@ class Run:
             return
         tensors = {}
         for i, p in enumerate(parameters):
-            tensors[f"{i}.weight"] = p.detach()
             tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
+            tensors[f"{i}.weight"] = p.detach()
         lora.write_whole(self.folder / f"state-{step:08d}.safetensors", save_bytes(tensors))
-        for old in sorted(self.folder.glob("state-*.safetensors"))[:-2]:
+        for old in self.states()[2:]:
             old.unlink()
+
+    def log(self, step: int, loss: float, lr: float, tokens: int) -> None:
+        """Loss (mean since the last line), learning rate and pace: a hundred lines, a fifth shown."""
+        self.losses.append(loss)
+        self.tokens += tokens
+        steps, seconds = self.steps, time.monotonic() - self.start
+        if RANK > 0 or step % max(1, steps // 100) and step < steps:
+            return
+        loss, pace = sum(self.losses) / len(self.losses), self.tokens / max(seconds, 1e-9)
+        line = {"step": step, "steps": steps, "loss": loss, "lr": lr, "tokens_per_second": pace}
+        with self.log_file.open("a") as file:
+            print(json.dumps(line | {"seconds": self.before + seconds}), file=file)
+        self.losses = []
+        if step % max(1, steps // 20) == 0 or step == steps:
+            left = datetime.timedelta(seconds=round(seconds / (step - self.first) * (steps - step)))
+            pace = f"lr {lr:.1e}  {pace:,.0f} tokens/s  {left} left"
+            print(f"step {step:4d} of {steps}  loss {loss:.3f}  {pace}", flush=True)
 
     def finish(self, write: Callable[[], None]) -> None:
         once(write)
         once((self.folder / "finished").touch)
-        for state in self.folder.glob("state-*.safetensors") if RANK == 0 else ():
-            state.unlink()
-
-    def open_log(self, done: int) -> None:
-        """Keep the lines of the log up to step `done`."""
-        file = self.folder / "log.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
-        if RANK == 0:
-            lora.write_whole(file, "".join(lines).encode())
-            self.file = file.open("a")
-        self.first, self.before = done, json.loads(lines[-1])["seconds"] if lines else 0.0
-        self.start = time.monotonic()
-        self.losses, self.tokens = [], 0
-
-    def log(self, step: int, loss: float, lr: float, tokens: int) -> None:
-        """Loss (mean since the last line), learning rate and pace, in some hundred lines."""
-        self.losses.append(loss)
-        self.tokens += tokens
-        if RANK > 0 or step % max(1, self.settings.steps // 100) and step < self.settings.steps:
-            return
-        seconds, steps = time.monotonic() - self.start, self.settings.steps
-        line = {
-            "step": step,
-            "steps": steps,
-            "loss": sum(self.losses) / len(self.losses),
-            "lr": lr,
-            "seconds": self.before + seconds,
-            "tokens_per_second": self.tokens / max(seconds, 1e-9),
-        }
-        print(json.dumps(line), file=self.file, flush=True)
-        self.losses = []
-        if step % max(1, steps // 20) == 0 or step == steps:
-            left = datetime.timedelta(seconds=round(seconds / (step - self.first) * (steps - step)))
-            text = f"step {step:4d} of {steps}  loss {line['loss']:.3f}  lr {lr:.1e}  "
-            print(f"{text}{line['tokens_per_second']:,.0f} tokens/s  {left} left", flush=True)
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.file is not None:
-            self.file.close()
+        once(lambda: [state.unlink() for state in self.states()])
 
 
 # --- Commands ----------------------------------------------------------------------------------
@@ -663,8 +637,8 @@ def run_stage(args: argparse.Namespace) -> None:
         data = read_pairs(args.pairs, args.instructions)
     else:
         data, _ = split_documents(read_documents(args.corpus, args.errors))
-    how = {"device": "cpu"} if args.quantize else {}  # what does not fit on a GPU as it is
-    model = load_for_training(args, **how)
+    # What does not fit on a GPU as it is passes through the memory of the machine.
+    model = load_for_training(args, **({"device": "cpu"} if args.quantize else {}))
     if args.quantize:
         lora.quantize_nf4(model.decoder, args.device or llm2vec.default_device())
     once(lambda: clear(output, args.overwrite))
@@ -674,7 +648,7 @@ def run_stage(args: argparse.Namespace) -> None:
         if args.quantize:  # merge into the weights as they were
             model = load_for_training(args, adapters=[*args.adapters, output], device="cpu")
             model.pooling = settings.pooling
-        save_and_say(model, output / "encoder")
+        save_encoder(model, output / "encoder")
 
 
 def run_everything(args: argparse.Namespace) -> None:
@@ -683,24 +657,24 @@ def run_everything(args: argparse.Namespace) -> None:
     documents, held_out = split_documents(read_documents(args.corpus))
 
     def score(name: str, model: LLM2Vec, training: float = 0.0) -> None:
-        start = time.monotonic()
-        which = ("sts", "masked")
+        start, which, how = time.monotonic(), ("sts", "masked"), {}
         if args.compare:  # the states of words do not depend on how a text is pooled
-            whole = type(model) is LLM2Vec and model.pooling == "mean"
-            which = benchmarks.BENCHMARKS if whole else ("sts", "articles")
-        how = {"sts_files": benchmarks.STS_FILES} if args.compare else {}
+            plain = type(model) is LLM2Vec and model.pooling == "mean"
+            which = benchmarks.BENCHMARKS if plain else ("sts", "articles")
+            how = {"sts_files": benchmarks.STS_FILES}
         rows[name] = benchmarks.evaluate(model, held_out, which, **how)
         rows[name]["seconds"] = training + time.monotonic() - start
         print(f"{name}: {json.dumps(rows[name])}", flush=True)
 
-    def train(model: LLM2Vec, stage: str, folder: Path) -> float:
+    def train(name: str, model: LLM2Vec, stage: str, folder: Path) -> None:
         settings = settings_of(stage, args)
-        what = f"{settings.steps} steps of {settings.batch} x {settings.length} tokens"
-        print(f"{stage}: {what}", flush=True)
+        say(f"{stage}: {settings.steps} steps of {settings.batch} x {settings.length} tokens")
         clear(folder, args.overwrite)
         data = read_pairs([PAIRS]) if STAGES[stage].pairs else documents
         STAGES[stage].run(model, data, settings, folder)
-        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+        score(
+            name, model, json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+        )
 
     model = load_for_training(args, is_causal=True)
     for name, baseline in benchmarks.baselines(model) if args.compare else [("causal", model)]:
@@ -708,15 +682,12 @@ def run_everything(args: argparse.Namespace) -> None:
     model.decoder.config.is_causal = False  # step 1
     score("bidirectional, untrained", model)
     for stage in args.stages:
-        score(f"+ {stage}", model, train(model, stage, output / stage))
-    model.save(output / "encoder")
+        train(f"+ {stage}", model, stage, output / stage)
     if args.compare:
-        del model, baseline  # room for another
-        model = load_for_training(args)
-        score("simcse alone", model, train(model, "simcse", output / "simcse-alone"))
+        train("simcse alone", load_for_training(args), "simcse", output / "simcse-alone")
     lora.write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
     print(f"\n{benchmarks.table(rows)}\n")
-    save_and_say(None, output / "encoder")
+    save_encoder(model, output / "encoder")
 
 
 def clear(folder: Path, overwrite: bool) -> None:
@@ -725,13 +696,12 @@ def clear(folder: Path, overwrite: bool) -> None:
         shutil.rmtree(folder)
 
 
-def save_and_say(model: LLM2Vec | None, encoder: Path) -> None:
-    if model is not None:
-        model.save(encoder)
+def save_encoder(model: LLM2Vec, folder: Path) -> None:
+    model.save(folder)
     print("The encoder is an ordinary checkpoint folder. Try it on your own sentences:")
     example = '"A man plays a guitar." "Someone makes music." "Stocks fell sharply."'
-    print(f"  python llm2vec.py similar --model {encoder} {example}")
-    print(f"  python llm2vec.py encode --model {encoder} --input texts.txt --output vectors.npy")
+    print(f"  python llm2vec.py similar --model {folder} {example}")
+    print(f"  python llm2vec.py encode --model {folder} --input texts.txt --output vectors.npy")
 
 
 def add_settings(command: argparse.ArgumentParser, stage: str) -> None:

@@ -6,51 +6,53 @@
     articles          Wikipedia: description to introduction; topics, by probe and by clusters
     words             a linear classifier on frozen word vectors: parts of speech, entities
     masked_accuracy   hidden tokens named rightly
-    BASELINES         the encoders that a trained one has to beat
-    evaluate          all of these
+    baselines         the encoders that a trained one has to beat
+    evaluate          all of these, as scores by name
 
-Each returns a dictionary of scores by name. Nothing here is chosen by looking at a test set: the
-probes' one free number, how strongly they are regularised, is chosen on a part of their own
-training data.
+Nothing is chosen by looking at a test set: the probes' one free number, how strongly they are
+regularised, is chosen on a part of their own training data.
 """
 
 import argparse
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import llm2vec
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
 from data.metrics import entity_f1, ndcg, recall, spearman, v_measure
-from llm2vec import (
-    POOLING,
-    LLM2Vec,
-    add_model_flags,
-    batches_by_length,
-    load,
-    mask_tokens,
-    pad,
-    pool,
-    reading,
-    run,
-)
+from llm2vec import POOLING, LLM2Vec, batches_by_length, load, mask_tokens, pad, pool, reading
 
 STS = Path(__file__).parent / "sts"
 STSB_DEV, STSB_TEST = STS / "stsb-dev.tsv", STS / "stsb-test.tsv"
 STS_FILES = [*sorted(STS.glob("sts1*.tsv")), STSB_TEST]
 WORDS = Path(__file__).parent / "words"
-EWT = WORDS / "ewt-pos-dev.tsv", WORDS / "ewt-pos-test.tsv"  # trained on, tested on
+EWT = WORDS / "ewt-pos-dev.tsv", WORDS / "ewt-pos-test.tsv"
 WNUT = WORDS / "wnut17-ner-train.tsv", WORDS / "wnut17-ner-dev.tsv"
+COLUMNS = {"POS": EWT, "NER": WNUT}  # by score: trained on, tested on
 
 
-def read_lines(path: Path) -> list[str]:
-    with reading(path):
-        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+def read_lines(path: str | Path, expected: str, parse: Callable[[str], Any]) -> list:
+    """What `parse` makes of each line; an error names the file, the line and what was expected."""
+    with reading(path), open(path, encoding="utf-8-sig") as file:
+        lines = list(file)
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(parse(line.removesuffix("\n")))
+        except Exception:
+            what = f"expected {expected}, got {line!r:.60}"
+            raise ValueError(f"{path}, line {number}: {what}") from None
+    return found
 
 
 def unit_vectors(encoder: LLM2Vec, texts: Sequence[str]) -> np.ndarray:
@@ -67,124 +69,106 @@ def unit_vectors(encoder: LLM2Vec, texts: Sequence[str]) -> np.ndarray:
 
 
 def read_sts(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
-    """Gold scores and the two sides of a file of `score<TAB>sentence<TAB>sentence` lines.
+    """Gold scores and the two sides of a file of `score<TAB>sentence<TAB>sentence` lines."""
 
-    Raises FileNotFoundError, or ValueError naming the file and line.
-    """
-    path = Path(path)
-    gold, left, right = [], [], []
-    for number, line in enumerate(read_lines(path), start=1):
-        fields = line.rstrip("\r").split("\t")
-        try:
-            score, a, b = float(fields[0]), fields[1], fields[2]
-            if not np.isfinite(score):
-                raise ValueError
-        except (ValueError, IndexError):
-            what = f"expected score<TAB>sentence<TAB>sentence, got {line!r:.60}"
-            raise ValueError(f"{path}, line {number}: {what}") from None
-        gold.append(score)
-        left.append(a)
-        right.append(b)
-    if len(gold) < 2:
+    def parse(line: str) -> tuple[float, str, str]:
+        score, left, right, *_ = line.split("\t")
+        if not np.isfinite(float(score)):
+            raise ValueError
+        return float(score), left, right
+
+    pairs = read_lines(path, "score<TAB>sentence<TAB>sentence", parse)
+    if len(pairs) < 2:
         raise ValueError(f"{path}: fewer than two pairs")
+    gold, left, right = map(list, zip(*pairs, strict=True))
     return np.array(gold), left, right
 
 
 def sts(encoder: LLM2Vec, files: str | Path | Sequence[str | Path] = STSB_TEST) -> dict[str, float]:
     """Score an encoder on files of sentence pairs.
 
-    Files named sts12-*.tsv make one task, STS12, and so on; any other file is a task, and no two of
-    them may have one name, whatever their folders (ValueError). Each task's score is Spearman's rho
-    of cosine against gold over all of its pairs together (`all` in the SimCSE paper, Gao et al.
-    2021, appendix B); `STS` is the mean of several tasks. For tasks named
-    stsb also `alignment`, the mean squared distance of pairs with a gold score of 4 or more, and
-    `uniformity`, the log of the mean of exp(-2 squared distance) over all pairs of sentences, both
-    on unit vectors, lower is better (Wang & Isola 2020, arXiv 2005.10242).
+    Files named sts12-*.tsv make one task, STS12, and so on; any other file is a task of its name.
+    Each task's score is Spearman's rho of cosine against gold over all of its pairs together (`all`
+    in the SimCSE paper, Gao et al. 2021, appendix B); `STS` is the mean of several tasks. For tasks
+    named stsb also `alignment`, the mean squared distance of pairs with a gold score of 4 or more,
+    and `uniformity`, the log of the mean of exp(-2 squared distance) over all pairs of sentences,
+    both on unit vectors, lower is better (Wang & Isola 2020, arXiv 2005.10242).
     """
     tasks: dict[str, tuple[list, list, list]] = {}
     for file in [files] if isinstance(files, (str, Path)) else files:
-        of_a_year = re.match(r"sts\d\d(?=-|$)", Path(file).stem)
-        name = of_a_year[0].upper() if of_a_year else Path(file).stem
+        name = Path(file).stem
+        of_a_year = re.match(r"sts\d\d(?=-|$)", name)
         if name in tasks and not of_a_year:
             raise ValueError(f"{file}: a second file named {name}: its score would take its name")
-        task = tasks.setdefault(name, ([], [], []))
+        task = tasks.setdefault(of_a_year[0].upper() if of_a_year else name, ([], [], []))
         for all_of_it, more in zip(task, read_sts(file), strict=True):
             all_of_it.extend(more)
     texts = list(dict.fromkeys(t for _, a, b in tasks.values() for t in (*a, *b)))
     place = {text: i for i, text in enumerate(texts)}
-    unit = unit_vectors(encoder, texts)
-    scores = {}
-    for task, (gold, left, right) in tasks.items():
-        a, b = (unit[[place[text] for text in side]] for side in (left, right))
-        scores[task] = spearman((a * b).sum(1), gold)
-        if task.startswith("stsb"):
+    unit, scores = unit_vectors(encoder, texts), {}
+    for name, (gold, *sides) in tasks.items():
+        left, right = ([place[text] for text in side] for side in sides)
+        a, b = unit[left], unit[right]
+        scores[name] = spearman((a * b).sum(1), gold)
+        if name.startswith("stsb"):
             close = np.array(gold) >= 4
-            own = unit[sorted({place[text] for text in (*left, *right)})]
-            pairs = (own @ own.T)[np.triu_indices(len(own), 1)]
             distance = ((a - b) ** 2).sum(1)[close]
+            own = unit[np.union1d(left, right)]
+            pairs = (own @ own.T)[np.triu_indices(len(own), 1)]
             scores["alignment"] = float(distance.mean()) if close.any() else float("nan")
             scores["uniformity"] = float(np.log(np.exp(-4 + 4 * pairs).mean()))
     if len(tasks) > 1:
-        scores = {"STS": float(np.mean([scores[task] for task in tasks])), **scores}
+        scores = {"STS": float(np.mean([scores[name] for name in tasks])), **scores}
     return scores
 
 
 # --- Articles ----------------------------------------------------------------------------------
 
 
-def read_articles(path: str | Path) -> list[dict]:
-    """Records that have a text, a description and a topic; ValueError names a line without."""
-    records = []
-    for number, line in enumerate(read_lines(Path(path)), start=1):
-        try:
-            record = json.loads(line)
-            fields = [record[key] for key in ("text", "description", "topic")]
-            if not all(isinstance(field, str) for field in fields):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            what = "expected a JSON object with text, description and topic"
-            raise ValueError(f"{path}, line {number}: {what}") from None
-        if all(fields):
-            records.append(record)
-    return records
+def read_articles(path: str | Path) -> list[dict[str, str]]:
+    """The text, description and topic of each JSON line that has all three."""
+
+    def parse(line: str) -> dict[str, str]:
+        record = json.loads(line)
+        return {key: record[key].strip() for key in ("text", "description", "topic")}
+
+    expected = "a JSON object with the strings text, description and topic"
+    return [record for record in read_lines(path, expected, parse) if all(record.values())]
 
 
 def articles(
     encoder: LLM2Vec, path: str | Path = WIKIPEDIA, candidates: int = 1000
 ) -> dict[str, float]:
-    """Score an encoder on encyclopaedia articles: JSON lines with text, description and topic.
+    """Score an encoder on encyclopaedia articles, see `read_articles`.
 
-    Retrieval: the short description of each held-out article (see `split_documents`) has to find
-    the introduction that it belongs to among `candidates`, the rest of which are articles trained
-    on: recall@1, recall@10, nDCG@10. Topics: the accuracy, on held-out articles, of a linear probe
-    that was trained on the other candidates; and the V-measure of k-means clusters, as many as
-    there are topics, over all of them.
+    Retrieval: the description of each held-out article (see `split_documents`) has to find its text
+    among `candidates`, the rest of which are articles trained on: recall@1, recall@10, nDCG@10.
+    Topics: the accuracy, on held-out articles, of a linear probe that was trained on the other
+    candidates; and the V-measure of k-means clusters, as many as there are topics, over all.
     """
     records = read_articles(path)
-    texts = [record["text"].strip() for record in records]
-    held_out = set(split_documents(texts)[1])
-    held = [i for i, text in enumerate(texts) if text in held_out]
-    rest = [i for i, text in enumerate(texts) if text not in held_out]
-    rest = [rest[int(j)] for j in np.linspace(0, len(rest), candidates - len(held), endpoint=False)]
-    chosen = held + rest
-    vectors = unit_vectors(encoder, [texts[i] for i in chosen])
+    held_out = set(split_documents([record["text"] for record in records])[1])
+    held = [record for record in records if record["text"] in held_out]
+    rest = [record for record in records if record["text"] not in held_out]
+    spread = np.linspace(0, len(rest), candidates - len(held), endpoint=False)
+    chosen = held + [rest[int(i)] for i in spread]
+    vectors = unit_vectors(encoder, [record["text"] for record in chosen])
 
-    said = [records[i]["description"].lower() for i in chosen]
+    said = [record["description"].lower() for record in chosen]
     queries = [i for i in range(len(held)) if said.count(said[i]) == 1]
-    asked = unit_vectors(encoder, [records[chosen[i]]["description"] for i in queries])
+    found = unit_vectors(encoder, [chosen[i]["description"] for i in queries]) @ vectors.T
     relevance = np.arange(len(chosen)) == np.array(queries)[:, None]
-    found = asked @ vectors.T
     scores = {f"recall@{k}": recall(relevance, found, k) for k in (1, 10)}
     scores["nDCG@10"] = ndcg(relevance, found, 10)
 
-    topics = [records[i]["topic"] for i in chosen]
-    named = [i for i, topic in enumerate(topics) if topic != "Uncategorized"]
-    kinds, labels = np.unique([topics[i] for i in named], return_inverse=True)
-    split = sum(i < len(held) for i in named)  # held-out articles come first
+    topics = np.array([record["topic"] for record in chosen])
+    named = np.flatnonzero(topics != "Uncategorized")
+    kinds, labels = np.unique(topics[named], return_inverse=True)
+    test, device = torch.from_numpy(named < len(held)), encoder.decoder.device
     x, y = torch.from_numpy(vectors[named]).float(), torch.from_numpy(labels)
-    far_x, far_y = x.to(encoder.decoder.device), y.to(encoder.decoder.device)
-    guess = linear_probe(far_x[split:], far_y[split:], far_x[:split], len(kinds)).cpu()
-    scores["topics"] = float((guess == y[:split]).float().mean())
+    train = (side[~test].to(device) for side in (x, y))
+    guess = linear_probe(*train, x[test].to(device), len(kinds)).cpu()
+    scores["topics"] = float((guess == y[test]).float().mean())
     scores["clusters"] = v_measure(labels, k_means(x, len(kinds)).numpy())
     return scores
 
@@ -202,14 +186,12 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
         linear = nn.Linear(x.shape[1], classes, device=x.device)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-        search = torch.optim.LBFGS(
-            linear.parameters(), max_iter=50, history_size=10, line_search_fn="strong_wolfe"
-        )
+        how = {"max_iter": 50, "history_size": 10, "line_search_fn": "strong_wolfe"}
+        search = torch.optim.LBFGS(linear.parameters(), **how)
 
         def loss() -> Tensor:
             search.zero_grad()
-            value = nn.functional.cross_entropy(linear(x), y)
-            value = value + weight * linear.weight.square().sum()
+            value = F.cross_entropy(linear(x), y) + weight * linear.weight.square().sum()
             value.backward()
             return value
 
@@ -217,18 +199,15 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
         return linear.requires_grad_(False)
 
     dev = torch.arange(len(x), device=x.device) % 5 == 0
-    weights = [1e-4, 1e-3, 1e-2, 1e-1]
-    losses = [
-        nn.functional.cross_entropy(train(x[~dev], y[~dev], weight)(x[dev]), y[dev]).item()
-        for weight in weights
-    ]
+    weights = (1e-4, 1e-3, 1e-2, 1e-1)
+    tried = (train(x[~dev], y[~dev], weight) for weight in weights)
+    losses = [F.cross_entropy(linear(x[dev]), y[dev]).item() for linear in tried]
     return train(x, y, weights[int(np.argmin(losses))])(x_test).argmax(1)
 
 
 def k_means(x: Tensor, k: int, restarts: int = 10, seed: int = 0) -> Tensor:
     """Cluster numbers (N,) of x (N, d): the tightest of several k-means++ runs (Lloyd 1982)."""
-    generator = torch.Generator().manual_seed(seed)
-    best, best_cost = torch.zeros(len(x), dtype=torch.long), float("inf")
+    generator, runs = torch.Generator().manual_seed(seed), []
     for _ in range(restarts):
         centres = x[torch.randint(len(x), (1,), generator=generator)]
         while len(centres) < k:  # far points are likely to become the next centre
@@ -236,15 +215,13 @@ def k_means(x: Tensor, k: int, restarts: int = 10, seed: int = 0) -> Tensor:
             centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=generator)]])
         for _ in range(100):
             distance, cluster = torch.cdist(x, centres).min(1)
-            belongs = nn.functional.one_hot(cluster, k).float()
+            belongs = F.one_hot(cluster, k).float()
             means = belongs.T @ x / belongs.sum(0)[:, None].clamp_min(1)
             if torch.equal(means, centres):
                 break
             centres = means
-        cost = float(distance.square().sum())
-        if cost < best_cost:
-            best, best_cost = cluster, cost
-    return best
+        runs.append((float(distance.square().sum()), cluster))
+    return min(runs, key=lambda run: run[0])[1]
 
 
 # --- Words -------------------------------------------------------------------------------------
@@ -254,28 +231,23 @@ def read_columns(path: str | Path) -> list[tuple[list[str], list[str]]]:
     """The words and labels of each sentence of a CoNLL-style file, first and last column.
 
     A word a line, columns set apart by tabs (else by spaces), a blank line behind each sentence.
-    Raises FileNotFoundError, or ValueError naming file and line: every line has as many columns as
-    the first.
     """
-    path = Path(path)
-    found: list[tuple[list[str], list[str]]] = [([], [])]
-    width = 0
-    for number, line in enumerate(read_lines(path), start=1):
-        line = line.rstrip("\r")
+    widths = set()
+
+    def parse(line: str) -> list[str]:
         if not line.strip() or line.startswith("-DOCSTART-"):
-            found.append(([], []))
-            continue
-        columns = line.split("\t") if "\t" in line else line.split()
-        width = width or len(columns)
-        if len(columns) != width or width < 2 or not all(c.strip() for c in columns):
-            what = f"expected {max(width, 2)} columns as in the lines before, got {line!r:.60}"
-            raise ValueError(f"{path}, line {number}: {what}")
-        found[-1][0].append(columns[0].strip())
-        found[-1][1].append(columns[-1].strip())
-    found = [sentence for sentence in found if sentence[0]]
-    if not found:
+            return []
+        columns = [c.strip() for c in (line.split("\t") if "\t" in line else line.split())]
+        widths.add(len(columns))
+        if len(widths) > 1 or len(columns) < 2 or not all(columns):
+            raise ValueError
+        return columns
+
+    rows = read_lines(path, "two columns or more, as many as in the lines before", parse)
+    sentences = [list(group) for is_sentence, group in groupby(rows, bool) if is_sentence]
+    if not sentences:
         raise ValueError(f"{path}: no sentence in it")
-    return found
+    return [([row[0] for row in words], [row[-1] for row in words]) for words in sentences]
 
 
 @torch.no_grad()
@@ -288,27 +260,23 @@ def word_states(
     predicts it; the first token of a row has none before, and gives its own.
     """
     decoder = encoder.decoder.train(False)
-    device = decoder.device
     encodings = encoder.tokenizer.encode_batch([" ".join(words) for words in sentences])
     firsts = np.cumsum([0] + [len(words) for words in sentences])
-    at, before = (torch.zeros(int(firsts[-1]), decoder.config.hidden_size) for _ in range(2))
-    count = torch.zeros(int(firsts[-1]), 1)
+    total = torch.zeros(firsts[-1], 2, decoder.config.hidden_size)
+    count = torch.zeros(firsts[-1], 1, 1)
     for batch in batches_by_length([len(e.ids) for e in encodings], max_tokens):
-        ids = pad([encodings[i].ids for i in batch], device)
-        segments = pad([[1] * len(encodings[i].ids) for i in batch], device)
-        hidden = decoder(ids, segments).float().cpu()
-        for row, i in zip(hidden, batch, strict=True):
-            # The word that each character is in; a space goes with the word behind it.
-            sizes = [len(word) + 1 for word in sentences[i]]
-            inside = firsts[i] + np.repeat(np.arange(len(sizes)), sizes)[1:]
+        ids = pad([encodings[i].ids for i in batch], decoder.device)
+        segments = pad([[1] * len(encodings[i].ids) for i in batch], decoder.device)
+        for row, i in zip(decoder(ids, segments).float().cpu(), batch, strict=True):
+            # The word that a token is in, by where it ends; a space goes with the word behind it.
+            inside = np.repeat(np.arange(len(sentences[i])), [len(w) + 1 for w in sentences[i]])
             spans = zip(encodings[i].offsets, encodings[i].special_tokens_mask, strict=True)
             ends = {t: end for t, ((start, end), s) in enumerate(spans) if end > start and not s}
+            word = torch.from_numpy(firsts[i] + inside[list(ends.values())])
             t = torch.tensor(list(ends))
-            word = torch.from_numpy(inside[np.array(list(ends.values())) - 1])
-            at.index_add_(0, word, row[t])
-            before.index_add_(0, word, row[(t - 1).clamp_min(0)])
-            count.index_add_(0, word, torch.ones(len(t), 1))
-    return at / count.clamp_min(1), before / count.clamp_min(1)
+            total.index_add_(0, word, torch.stack([row[t], row[(t - 1).clamp_min(0)]], dim=1))
+            count.index_add_(0, word, torch.ones(len(t), 1, 1))
+    return (total / count.clamp_min(1)).unbind(1)
 
 
 def words(
@@ -320,24 +288,21 @@ def words(
     tags, scored by accuracy. Two scores: `name`, at a word's own tokens, and `name, i-1`, at the
     tokens before, which the paper reads after MNTP.
     """
-    sides = read_columns(train), read_columns(test)
-    kinds = sorted({label for side in sides for _, labels in side for label in labels})
-    number = {kind: i for i, kind in enumerate(kinds)}
-    y = [number[label] for _, labels in sides[0] for label in labels]
-    y = torch.tensor(y, device=encoder.decoder.device)
-    gold = [labels for _, labels in sides[1]]
-    name = name or Path(test).stem
-    scores = {}
+    name, sides = name or Path(test).stem, [read_columns(file) for file in (train, test)]
+    labels = [label for side in sides for _, labels in side for label in labels]
+    kinds, labels = np.unique(labels, return_inverse=True)
+    y = torch.from_numpy(labels).to(encoder.decoder.device)
     states = [word_states(encoder, [words for words, _ in side]) for side in sides]
+    ends = np.cumsum([len(labels) for _, labels in sides[1]])[:-1]
+    scores = {}
     for place, *x in zip((name, f"{name}, i-1"), *states, strict=True):
         x, x_test = (side.to(y.device) for side in x)
-        guess = iter(kinds[i] for i in linear_probe(x, y, x_test, len(kinds)).tolist())
-        said = [[next(guess) for _ in labels] for labels in gold]
+        guess = linear_probe(x, y[: len(x)], x_test, len(kinds)).cpu().numpy()
+        gold, said = kinds[labels[len(x) :]], kinds[guess]
         if any(kind.startswith(("B-", "I-")) for kind in kinds):
-            scores[place] = entity_f1(gold, said)
+            scores[place] = entity_f1(np.split(gold, ends), np.split(said, ends))
         else:
-            pairs = [(a, b) for g, s in zip(gold, said, strict=True) for a, b in zip(g, s)]  # noqa: B905
-            scores[place] = sum(a == b for a, b in pairs) / len(pairs)
+            scores[place] = float((gold == said).mean())
     return scores
 
 
@@ -354,14 +319,12 @@ def masked_accuracy(
     """
     decoder = encoder.decoder.train(False)
     generator = torch.Generator().manual_seed(seed)
-    V = decoder.config.vocab_size
+    V, right = decoder.config.vocab_size, 0
     masked, chosen = mask_tokens(blocks, mask_id, V, rate, (1.0, 0.0), generator=generator)
-    right, device = 0, decoder.device
-    for ids, answer, target in zip(
-        masked.split(16), blocks.split(16), chosen[:, 1:].split(16), strict=True
-    ):
-        hidden = decoder(ids.to(device))[:, :-1][target.to(device)]
-        right += int((decoder.logits(hidden).argmax(-1).cpu() == answer[:, 1:][target]).sum())
+    batches = (side.to(decoder.device).split(16) for side in (masked, blocks, chosen))
+    for ids, answer, target in zip(*batches, strict=True):
+        hidden = decoder(ids)[:, :-1][target[:, 1:]]
+        right += int((decoder.logits(hidden).argmax(-1) == answer[target]).sum())
     return right / int(chosen.sum())
 
 
@@ -391,19 +354,15 @@ class InputEmbeddings(LLM2Vec):
         return pool(self.decoder.embed_tokens(ids), "mean", own)
 
 
-# Of a causal model: a name, the kind of encoder, and its pooling.
-BASELINES = {
-    "input embeddings": (InputEmbeddings, "mean"),
-    "causal, mean": (LLM2Vec, "mean"),
-    "causal, weighted mean": (LLM2Vec, "weighted_mean"),
-    "causal, last token": (LLM2Vec, "last"),
-    "causal, echo": (Echo, "mean"),
-}
-
-
 def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
     """The encoders that a causal model is without training, by name."""
-    for name, (kind, pooling) in BASELINES.items():
+    for name, kind, pooling in (
+        ("input embeddings", InputEmbeddings, "mean"),
+        ("causal, mean", LLM2Vec, "mean"),
+        ("causal, weighted mean", LLM2Vec, "weighted_mean"),
+        ("causal, last token", LLM2Vec, "last"),
+        ("causal, echo", Echo, "mean"),
+    ):
         yield name, kind(model.decoder, model.tokenizer, pooling, model.max_length)
 
 
@@ -417,22 +376,21 @@ def evaluate(
     held_out: Sequence[str],
     benchmarks: Sequence[str] = ("sts", "masked"),
     sts_files: str | Path | Sequence[str | Path] = STSB_TEST,
-    columns: Sequence[Sequence[str | Path]] = (EWT, WNUT),
+    columns: dict[str, tuple] = COLUMNS,
 ) -> dict[str, float]:
     """Scores by name; masked tokens are those of the held-out documents."""
-    masked = "masked" in benchmarks and model.decoder.can_predict
-    if masked:  # what may be wrong with them is said before the long work
+    scores, masked = {}, {}
+    if "masked" in benchmarks and model.decoder.can_predict:  # first, to say early what is wrong
         rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
-        blocks, mask_id = cut_into_blocks(rows, length=128, limit=256), mask_id_of(model)
-    scores = sts(model, sts_files) if "sts" in benchmarks else {}
+        blocks = cut_into_blocks(rows, length=128, limit=256)
+        masked["masked tokens"] = masked_accuracy(model, blocks, mask_id_of(model))
+    if "sts" in benchmarks:
+        scores |= sts(model, sts_files)
     if "articles" in benchmarks:
         scores |= articles(model)
-    if "words" in benchmarks:
-        for train, test in columns:
-            scores |= words(model, train, test, {EWT[1]: "POS", WNUT[1]: "NER"}.get(test))
-    if masked:
-        scores["masked tokens"] = masked_accuracy(model, blocks, mask_id)
-    return scores
+    for name, files in columns.items() if "words" in benchmarks else ():
+        scores |= words(model, *files, name)
+    return scores | masked
 
 
 def mask_id_of(model: LLM2Vec, token: str = "_") -> int:
@@ -453,45 +411,41 @@ def held_out_of(corpus: str | Path) -> list[str]:
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Rows of scores as a Markdown table, which is as readable in a terminal."""
     columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
-    columns.sort(key=lambda key: key == "seconds")  # last
-    first = max(map(len, rows))
-    lines = [" | ".join([" " * first, *(f"{c:>6}" for c in columns)])]
-    lines.append(" | ".join(["-" * first, *("-" * (max(6, len(c)) - 1) + ":" for c in columns)]))
+    columns.sort(key="seconds".__eq__)  # last
+    widths = [max(map(len, rows)), *(max(6, len(column)) for column in columns)]
+    lines = [["", *columns], ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]]
     for name, scores in rows.items():
-        cells = [
-            f"{scores[c]:.{0 if c == 'seconds' else 3}f}" if c in scores else "" for c in columns
-        ]
-        cells = [f"{x:>{max(6, len(c))}}" for x, c in zip(cells, columns, strict=True)]
-        lines.append(" | ".join([f"{name:{first}}", *cells]))
-    return "\n".join(f"| {line} |" for line in lines)
+        digits = {column: 0 if column == "seconds" else 3 for column in columns}
+        cells = (f"{scores[c]:.{digits[c]}f}" if c in scores else "" for c in columns)
+        lines.append([name.ljust(widths[0]), *cells])
+    cells = ([f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.benchmarks",
-        description="Score a checkpoint on sentences, articles, words and masked tokens.",
-    )
+    about = "Score a checkpoint on sentences, articles, words and masked tokens."
+    parser = argparse.ArgumentParser(prog="python -m data.benchmarks", description=about)
     add = parser.add_argument
-    add_model_flags(parser, required=True)
-    text = f"any of {', '.join(BENCHMARKS)} (default: all)"
-    add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help=text)
+    llm2vec.add_model_flags(parser, required=True)
+    add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="(default: all)")
     text = "score<TAB>a<TAB>b lines (default: STS12, STS15 and STS-B test)"
     add("--sts", nargs="+", default=STS_FILES, metavar="FILE", help=text)
     text = "column files to probe words with (default: EWT tags and WNUT-17 entities)"
-    add("--words", nargs=2, action="append", metavar=("TRAIN", "TEST"), help=text)
+    add("--words", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"), help=text)
     add("--corpus", default=WIKIPEDIA, help="of whose held-out documents tokens are masked")
     add("--pooling", default="mean", choices=POOLING, help="(default: %(default)s)")
     add("--causal", action="store_true", help="leave out step 1: attend to the left only")
     add("--baselines", action="store_true", help="score the baselines of the causal model too")
     args = parser.parse_args()
     held_out = held_out_of(args.corpus)
-    names = [Path(test).stem for _, test in args.words or ()]
-    if len(set(names)) < len(names):
+    names = [Path(test).stem for _, test in args.words]
+    columns = dict(zip(names, args.words, strict=True)) or COLUMNS
+    if len(columns) < len(names):
         raise ValueError(f"--words: test files of one name ({', '.join(names)}) have one score")
 
     def score(encoder: LLM2Vec, which: Sequence[str]) -> dict[str, float]:
         start = time.monotonic()
-        scores = evaluate(encoder, held_out, which, args.sts, args.words or (EWT, WNUT))
+        scores = evaluate(encoder, held_out, which, args.sts, columns)
         return scores | {"seconds": time.monotonic() - start}
 
     name = Path(args.model).name
@@ -505,4 +459,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    llm2vec.run(main)

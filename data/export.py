@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from llm2vec import FLOATS, POOLING, LLM2Vec
 
@@ -29,34 +29,23 @@ def save_encoder(model: LLM2Vec, folder: Path) -> None:
         raise ValueError("adapters are not merged: call merge_lora before save")
     if any(weight.dtype not in FLOATS for weight in state.values()):
         raise ValueError("4-bit weights are for training: save the weights as they were")
+    if model.decoder.can_predict:  # a causal-LM checkpoint, whose inner model is `model`
+        state = {n if n == "lm_head.weight" else f"model.{n}": w for n, w in state.items()}
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
+    files = checkpoint_files(model)
     with new_folder(folder) as new:
-        for name, content in checkpoint_files(model).items():
+        for name, keys in shards.filename_to_tensors.items():
+            try:
+                part = {key: state[key].contiguous() for key in keys}
+                save_file(part, new / name, metadata={"format": "pt"})
+            except SafetensorError as error:  # of a full disk, too
+                raise OSError(f"{new / name}: {error}") from None
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            files["model.safetensors.index.json"] = index
+        for name, content in files.items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(json.dumps(content, indent=2) + "\n")
-        # With an output head it is a causal-LM checkpoint, whose inner model is `model`.
-        prefix = "model." if model.decoder.can_predict else ""
-        save_weights({n if n == "lm_head.weight" else prefix + n: w for n, w in state.items()}, new)
-
-
-def save_weights(state: dict[str, Tensor], folder: Path) -> None:
-    """model.safetensors; or shards with their index, if there is more than SHARD of it."""
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, weight in state.items():
-        if shards[-1] and sum(w.nbytes for w in [*shards[-1].values(), weight]) > SHARD:
-            shards.append({})
-        shards[-1][name] = weight.contiguous()
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        try:
-            save_file(shard, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # of a full disk, too
-            raise OSError(f"{folder / name}: {error}") from None
-    if len(shards) > 1:
-        total = sum(weight.nbytes for weight in state.values())
-        weight_map = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
@@ -71,38 +60,33 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
     config, tokenizer = model.decoder.config, json.loads(model.tokenizer.to_str())
     alone = model.tokenizer.encode("a")
     own = alone.special_tokens_mask.index(0)
-    in_front = alone.ids[:own]
-    behind = [i for i, s in zip(alone.ids, alone.special_tokens_mask, strict=True) if s][own:]
-    drop = {"type": "Replace", "pattern": {"String": NOTHING}, "content": ""}
-    pre = tokenizer["pre_tokenizer"] or {}
-    if in_front and pre.get("prepend_scheme") == "first":  # with a prompt, it would not be first
-        pre["prepend_scheme"] = "always"
-    if in_front and NOTHING not in json.dumps(tokenizer["normalizer"], ensure_ascii=False):
-        steps = [drop, tokenizer["normalizer"]] if tokenizer["normalizer"] else [drop]
-        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
-    special = [t["content"] for t in tokenizer["added_tokens"] if t["id"] not in in_front]
-    other = next(i for i in range(len(in_front) + 1) if i not in in_front)
-    pad = (special or [model.tokenizer.id_to_token(other)])[0]
+    special = [i for i, s in zip(alone.ids, alone.special_tokens_mask, strict=True) if s]
+    in_front, behind = special[:own], special[own:]
+    if in_front:
+        pre, normalizer = tokenizer["pre_tokenizer"] or {}, tokenizer["normalizer"]
+        if pre.get("prepend_scheme") == "first":  # with a prompt, it would not be first
+            pre["prepend_scheme"] = "always"
+        if NOTHING not in json.dumps(normalizer, ensure_ascii=False):
+            drop = {"type": "Replace", "pattern": {"String": NOTHING}, "content": ""}
+            steps = [drop, normalizer] if normalizer else [drop]
+            tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    added = [token["id"] for token in tokenizer["added_tokens"]]
+    pad = next(i for i in (*added, *range(len(in_front) + 1)) if i not in in_front)
     kind = "ForCausalLM" if model.decoder.can_predict else "Model"
     family = {"smollm3": "SmolLM3"}.get(config.model_type, config.model_type.capitalize())
-    files = {
-        "config.json": vars(config)
-        | {
-            "architectures": [family + kind],
-            "hidden_act": "silu",
-            "pad_token_id": model.tokenizer.token_to_id(pad),
-            "torch_dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
-        },
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": pad,
-            "padding_side": "right",
-            "split_special_tokens": True,
-            "model_max_length": model.max_length,
-        }
-        | ({"eos_token": model.tokenizer.id_to_token(behind[0])} if len(behind) == 1 else {}),
+    about = {"architectures": [family + kind], "hidden_act": "silu", "pad_token_id": pad}
+    about["torch_dtype"] = str(model.decoder.norm.weight.dtype).removeprefix("torch.")
+    tokens = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": model.tokenizer.id_to_token(pad),
+        "padding_side": "right",
+        "split_special_tokens": True,
+        "model_max_length": model.max_length,
     }
+    if len(behind) == 1:
+        tokens["eos_token"] = model.tokenizer.id_to_token(behind[0])
+    files = {"config.json": vars(config) | about, "tokenizer.json": tokenizer}
+    files["tokenizer_config.json"] = tokens
     _, pooling = POOLING[model.pooling]
     if len(behind) > 1 or pooling is None:
         return files
@@ -140,11 +124,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
         yield new
-        if folder.exists():
+        if known:
             os.replace(folder, old)
         try:
             os.replace(new, folder)
         except OSError:
-            if old.exists():
+            if known:
                 os.replace(old, folder)
             raise

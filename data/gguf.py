@@ -2,8 +2,6 @@
 
 A GGUF file is a header of typed key-value pairs, a table of tensors, and the tensors' bytes:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It holds the tokenizer too.
-
-    gguf_to_checkpoint(file, folder)    config.json, tokenizer.json and model.safetensors
 """
 
 import io
@@ -21,12 +19,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # in struct's letters
 STRING, ARRAY = 8, 9  # types of fields
 F32, Q4_1, Q8_0 = 0, 3, 8  # types of tensors
-SPECIAL = 3  # a type of token
 BLOCKS = {  # a quantised block stores 32 numbers
     F32: "<f4",
     Q4_1: [("scale", "<f2"), ("minimum", "<f2"), ("q", "u1", 16)],
     Q8_0: [("scale", "<f2"), ("q", "i1", 32)],
 }
+SPECIAL = 3  # a type of token
 NAMES = {  # llama.cpp's names of modules, and those in transformers' LlamaForCausalLM
     "token_embd": "model.embed_tokens",
     "attn_norm": "input_layernorm",
@@ -59,12 +57,13 @@ def gguf_to_checkpoint(file: Path, folder: Path) -> None:
             weight = torch.from_numpy(dequantise(data, *place).copy())
             *layer, module = name.removesuffix(".weight").split(".")  # blk.0.attn_q, output_norm
             if module in heads:
-                weight = pair_halves(weight, heads[module])
+                # RoPE rotates pairs of rows. Hugging Face pairs row i of a head with row i + D/2;
+                # llama.cpp pairs neighbours: it stores the rows of the two halves in turn.
+                pairs = weight.unflatten(0, (heads[module], -1, 2))  # (heads, D/2, 2, d)
+                weight = pairs.transpose(1, 2).flatten(0, 2)
             prefix = f"model.layers.{layer[1]}." if layer else ""
-            state[f"{prefix}{NAMES[module]}.weight"] = weight.bfloat16()
-        tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-        special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == SPECIAL]
-        tokenizer = byte_level_bpe(tokens, fields["tokenizer.ggml.merges"], special)
+            state[f"{prefix}{NAMES[module]}.weight"] = weight.bfloat16().contiguous()
+        tokenizer = byte_level_bpe(fields)
     except Exception as error:
         what = "not a complete GGUF file of a model like SmolLM2; fetch it again"
         raise ValueError(f"{file}: {what} ({type(error).__name__}: {error})") from error
@@ -73,37 +72,30 @@ def gguf_to_checkpoint(file: Path, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
 
 
-# --- The file format -----------------------------------------------------------------------------
-
-
 def read_gguf(data: bytes) -> tuple[dict[str, Any], dict[str, tuple]]:
     """The fields of a GGUF file, and where its tensors are: type, shape and offset in `data`."""
     stream = io.BytesIO(data)
     if stream.read(4) != b"GGUF" or number(stream, "I") not in (2, 3):
         raise ValueError("not a GGUF file of version 2 or 3")
     n_tensors, n_fields = number(stream, "Q"), number(stream, "Q")
-    fields = {string(stream): value(stream, number(stream, "I")) for _ in range(n_fields)}
-    table = []
+    fields = {value(stream, STRING): value(stream, number(stream, "I")) for _ in range(n_fields)}
+    table = {}
     for _ in range(n_tensors):
-        name, n_axes = string(stream), number(stream, "I")
+        name, n_axes = value(stream, STRING), number(stream, "I")
         shape = tuple(number(stream, "Q") for _ in range(n_axes))[::-1]  # ggml: fastest axis first
-        table.append((name, number(stream, "I"), shape, number(stream, "Q")))
+        table[name] = number(stream, "I"), shape, number(stream, "Q")
     alignment = fields.get("general.alignment", 32)
     start = -(-stream.tell() // alignment) * alignment
-    return fields, {name: (kind, shape, start + offset) for name, kind, shape, offset in table}
+    return fields, {name: (kind, shape, start + at) for name, (kind, shape, at) in table.items()}
 
 
 def number(stream: BinaryIO, code: str) -> Any:
     return struct.unpack("<" + code, stream.read(struct.calcsize("<" + code)))[0]
 
 
-def string(stream: BinaryIO) -> str:
-    return stream.read(number(stream, "Q")).decode()
-
-
 def value(stream: BinaryIO, kind: int) -> Any:
     if kind == STRING:
-        return string(stream)
+        return stream.read(number(stream, "Q")).decode()
     if kind == ARRAY:
         item, length = number(stream, "I"), number(stream, "Q")
         return [value(stream, item) for _ in range(length)]
@@ -122,62 +114,49 @@ def dequantise(data: bytes, kind: int, shape: tuple[int, ...], offset: int) -> n
     block = np.frombuffer(data, BLOCKS[kind], count, offset)
     if kind == F32:
         return block.reshape(shape)
-    scale = block["scale"].astype(np.float32)[:, None]
+    q, scale = block["q"], block["scale"].astype(np.float32)[:, None]
     if kind == Q8_0:
-        return (block["q"] * scale).reshape(shape)
-    q = np.concatenate([block["q"] & 15, block["q"] >> 4], axis=1)
-    return (q * scale + block["minimum"].astype(np.float32)[:, None]).reshape(shape)
-
-
-# --- The model and its tokenizer -----------------------------------------------------------------
+        return (q * scale).reshape(shape)
+    q, minimum = np.hstack([q & 15, q >> 4]), block["minimum"].astype(np.float32)[:, None]
+    return (q * scale + minimum).reshape(shape)
 
 
 def llama_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
     """Hugging Face's config.json. Raises ValueError for a model that comes out wrong."""
-    f = fields
     wanted = {"general.architecture": "llama", "llama.rope.scaling.type": "none"}
     wanted |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
     for name, expected in wanted.items():
-        if f.get(name, "none") != expected:
-            raise ValueError(f"{name} is {f.get(name, 'none')}, expected {expected}")
+        if fields.get(name, "none") != expected:
+            raise ValueError(f"{name} is {fields.get(name, 'none')}, expected {expected}")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(f["tokenizer.ggml.tokens"]),
-        "hidden_size": f["llama.embedding_length"],
-        "intermediate_size": f["llama.feed_forward_length"],
-        "num_hidden_layers": f["llama.block_count"],
-        "num_attention_heads": f["llama.attention.head_count"],
-        "num_key_value_heads": f["llama.attention.head_count_kv"],
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
         "hidden_act": "silu",
-        "max_position_embeddings": f["llama.context_length"],
-        "rms_norm_eps": float(f"{f['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": f["llama.rope.freq_base"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "rope_theta": fields["llama.rope.freq_base"],
         "tie_word_embeddings": tied,
-        "bos_token_id": f["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": f["tokenizer.ggml.eos_token_id"],
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
         "torch_dtype": "bfloat16",
     }
 
 
-def pair_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q_proj or k_proj in Hugging Face's order; `weight` is (heads * D, d).
-
-    RoPE rotates pairs of rows. Hugging Face pairs row i of a head with row i + D/2; llama.cpp
-    pairs neighbours, so it stores the rows of the two halves in turn.
-    """
-    rows, width = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
-
-
-def byte_level_bpe(tokens: list[str], merges: list[str], special: list[str]) -> Tokenizer:
+def byte_level_bpe(fields: dict[str, Any]) -> Tokenizer:
     """SmolLM2's tokenizer: digits one by one, GPT-2's split and byte alphabet, then BPE merges."""
-    vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
     tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == SPECIAL]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return tokenizer

@@ -8,40 +8,37 @@ retrieval is scored, are in none of the three places; nor is a description that 
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data.benchmarks import read_articles
 from data.corpus import WIKIPEDIA, sentences, split_documents
-
-PAIRS = Path(__file__).parent / "pairs" / "wikipedia.jsonl"
+from data.pairs import PAIRS
 
 
 def make_pairs(count: int = 3000, seed: int = 0) -> list[dict[str, str]]:
     records = read_articles(WIKIPEDIA)
-    kept = set(split_documents([record["text"].strip() for record in records])[0])
-    said = [record["description"].lower() for record in records]
-    once = {text for text in said if said.count(text) == 1}
+    kept = set(split_documents([record["text"] for record in records])[0])
+    said = Counter(record["description"].lower() for record in records)
     by_topic: dict[str, list[tuple[str, str]]] = {}
     for record in records:
-        if record["text"].strip() in kept and record["topic"] != "Uncategorized":
+        if record["text"] in kept and record["topic"] != "Uncategorized":
             opening = " ".join(sentences(record["text"])[:2])
             by_topic.setdefault(record["topic"], []).append((record["description"], opening))
-    draw = random.Random(seed)
-    pairs = []
+    draw, pairs = random.Random(seed), []
     for articles in by_topic.values():
         for i, (description, opening) in enumerate(articles):
             other = draw.randrange(len(articles) - 1)
             negative = articles[other + (other >= i)][1]
-            if description.lower() in once:
+            if said[description.lower()] == 1:
                 pairs.append({"query": description, "positive": opening, "negative": negative})
     draw.shuffle(pairs)
     return pairs[:count]
 
 
 if __name__ == "__main__":
-    PAIRS.parent.mkdir(exist_ok=True)
     lines = [json.dumps(pair, ensure_ascii=False) for pair in make_pairs()]
     PAIRS.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{PAIRS}: {len(lines)} pairs, {PAIRS.stat().st_size / 1e6:.1f} MB")

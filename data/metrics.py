@@ -1,7 +1,6 @@
 """The measures that scores are made of: plain functions of numbers and labels.
 
-Each agrees with the library that its docstring names: tests/golden/metrics.json holds the numbers
-of those libraries.
+tests/golden/metrics.json holds what the libraries give that the docstrings name.
 """
 
 from collections.abc import Sequence
@@ -16,21 +15,18 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rho: Pearson's correlation of the ranks.
-
-    NaN if either side is constant or has a NaN, as scipy.stats.spearmanr.
-    """
+    """Pearson's correlation of the ranks; NaN if a side is constant or has a NaN. As scipy's."""
     x, y = (side - side.mean() for side in (ranks(a), ranks(b)))
     norm = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / norm) if norm and not np.isnan([a, b]).any() else float("nan")
 
 
 def ndcg(relevance: np.ndarray, scores: np.ndarray, k: int = 10) -> float:
-    """Normalised discounted cumulative gain of the first k, averaged over queries.
+    """Normalised discounted cumulative gain of the first k, averaged over queries. As sklearn's.
 
     relevance and scores: (queries, candidates). A candidate at rank r counts its relevance over
     log2(1 + r); equal scores share the mean discount of the ranks that they take up. A query
-    without a relevant candidate counts 0. As sklearn.metrics.ndcg_score.
+    without a relevant candidate counts 0.
     """
     discount = 1 / np.log2(np.arange(scores.shape[1]) + 2)
     discount[k:] = 0
@@ -55,11 +51,7 @@ def recall(relevance: np.ndarray, scores: np.ndarray, k: int) -> float:
 
 
 def v_measure(labels: Sequence, clusters: Sequence) -> float:
-    """Harmonic mean of homogeneity and completeness (Rosenberg & Hirschberg 2007).
-
-    It is the mutual information of labels and clusters over the mean of their entropies. 1 where
-    both are constant. As sklearn.metrics.v_measure_score.
-    """
+    """Harmonic mean of homogeneity and completeness (Rosenberg & Hirschberg 2007). As sklearn's."""
     (_, a), (_, b) = (np.unique(np.asarray(x), return_inverse=True) for x in (labels, clusters))
     joint = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(joint, (a, b), 1 / len(a))
@@ -68,8 +60,12 @@ def v_measure(labels: Sequence, clusters: Sequence) -> float:
         p = p[p > 0]
         return float(-(p * np.log(p)).sum())
 
-    both = entropy(joint.sum(1)) + entropy(joint.sum(0))
-    return 2 * (both - entropy(joint)) / both if both else 1.0
+    if 1 in joint.shape:  # one side is constant, and says nothing
+        return float(joint.shape == (1, 1))
+    of_labels, of_clusters = entropy(joint.sum(1)), entropy(joint.sum(0))
+    mutual = of_labels + of_clusters - entropy(joint)
+    homogeneity, completeness = mutual / of_labels, mutual / of_clusters
+    return 2 * homogeneity * completeness / (homogeneity + completeness) if mutual > 0 else 0.0
 
 
 def entities(labels: Sequence[str]) -> set[tuple[int, int, str]]:
@@ -80,19 +76,15 @@ def entities(labels: Sequence[str]) -> set[tuple[int, int, str]]:
     found, start, kind = set(), 0, None
     for i, label in enumerate([*labels, "O"]):
         mark, _, name = label.partition("-")
-        if kind is not None and (mark != "I" or name != kind):
-            found.add((start, i, kind))
-            kind = None
-        if mark in ("B", "I") and kind is None:
-            start, kind = i, name
+        if mark != "I" or name != kind:
+            if kind is not None:
+                found.add((start, i, kind))
+            start, kind = i, name if mark in ("B", "I") else None
     return found
 
 
 def entity_f1(gold: Sequence[Sequence[str]], guess: Sequence[Sequence[str]]) -> float:
-    """F1 of entities, exact in span and type, over all sentences (CoNLL-2003's rule).
-
-    As seqeval.metrics.f1_score; 0 where there is no entity on either side.
-    """
+    """F1 of entities, exact in span and type (CoNLL-2003); 0 without any. As seqeval's f1_score."""
     true, said = (
         {(i, *span) for i, labels in enumerate(side) for span in entities(labels)}
         for side in (gold, guess)

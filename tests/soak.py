@@ -26,8 +26,7 @@ TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 
 def resident() -> float:
     """MiB of memory that the process holds now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
 def main() -> None:

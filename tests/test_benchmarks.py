@@ -128,16 +128,22 @@ def test_a_bad_line_is_named(read, line, tmp_path):
 
 
 @pytest.mark.parametrize("read", GOOD)
-def test_a_file_that_is_not_there_or_no_text_or_empty_is_named(read, tmp_path):
+def test_a_file_that_is_not_there_or_is_no_text_is_named(read, tmp_path):
     file = tmp_path / "a.tsv"
     with pytest.raises(FileNotFoundError, match=r"a\.tsv"):
         read(file)
     file.write_bytes(GOOD[read] + b"\xff\n")
     with pytest.raises(ValueError, match="a.tsv: .*utf-8"):
         read(file)
-    file.write_text("")
-    with pytest.raises(ValueError, match="a.tsv"):
-        read(file)
+
+
+def test_a_file_with_nothing_to_score_is_named(tmp_path):
+    (tmp_path / "a.tsv").write_text("1.0\ta\tb\n")
+    with pytest.raises(ValueError, match="a.tsv: fewer than two pairs"):
+        bench.read_sts(tmp_path / "a.tsv")
+    (tmp_path / "a.tsv").write_text("\n\n")
+    with pytest.raises(ValueError, match="a.tsv: no sentence"):
+        bench.read_columns(tmp_path / "a.tsv")
 
 
 # --- Sentence pairs, articles, words -----------------------------------------------------------

@@ -48,7 +48,7 @@ def mutate_json(file: Path, rng: random.Random) -> None:
 
 
 def mutate_safetensors(file: Path, rng: random.Random) -> None:
-    """Cut or lengthen the file, lie about its header's length, flip its bytes, change a tensor's."""
+    """Cut or lengthen the file, lie about the header's length, spoil it, or change a tensor's."""
     data = bytearray(file.read_bytes())
     (n,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + n])

@@ -22,6 +22,7 @@ class Parsed(BaseException):
     """Ends a command once its flags were understood."""
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_has_flags_that_are_there(line, monkeypatch):
     words = shlex.split(line, comments=True)
