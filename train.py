@@ -587,7 +587,7 @@ class Run:
             old.unlink()
 
     def log(self, step: int, loss: float, lr: float, tokens: int) -> None:
-        """Loss (mean since the last line), learning rate and pace: a hundred lines, a fifth shown."""
+        """Loss (mean since the last line), learning rate, pace: a hundred lines, a fifth shown."""
         self.losses.append(loss)
         self.tokens += tokens
         steps, seconds = self.steps, time.monotonic() - self.start
@@ -683,11 +683,12 @@ def run_everything(args: argparse.Namespace) -> None:
     score("bidirectional, untrained", model)
     for stage in args.stages:
         train(f"+ {stage}", model, stage, output / stage)
+    save_encoder(model, output / "encoder")
     if args.compare:
+        del model, baseline  # room for another one
         train("simcse alone", load_for_training(args), "simcse", output / "simcse-alone")
     lora.write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
-    print(f"\n{benchmarks.table(rows)}\n")
-    save_encoder(model, output / "encoder")
+    print(f"\n{benchmarks.table(rows)}")
 
 
 def clear(folder: Path, overwrite: bool) -> None:
