@@ -47,12 +47,9 @@ TINY = Path(__file__).parent / "data" / "tiny-llama"
 # --- Settings ----------------------------------------------------------------------------------
 
 
-MNTP, CONTRASTIVE = ("mntp",), ("simcse", "supervised")
-
-
-def setting(about: str, default: object, stages: Sequence[str] | None = None) -> object:
-    """A field with the help of its flag, of all stages or of some."""
-    return field(default=default, metadata={"help": about, "stages": stages})
+def setting(about: str, default: object, encoder: bool | None = None) -> object:
+    """A field and the help of its flag; `encoder`: only of stages that (don't) write an encoder."""
+    return field(default=default, metadata={"help": about, "encoder": encoder})
 
 
 @dataclass
@@ -70,11 +67,11 @@ class Settings:
     dropout: float = setting("dropout on the input of the adapters", 0.05)
     attention_dropout: float = setting("dropout on the attention weights", 0.0)
     mask_rate: float | None = setting(
-        "share hidden; default: 0.8 for mistral, else 0.2", None, MNTP
+        "share hidden; default: 0.8 for mistral, else 0.2", None, False
     )
-    mask_token: str = setting("the plain token that hides others", "_", MNTP)
-    scale: float = setting("inverse temperature of the loss", 20.0, CONTRASTIVE)
-    pooling: str = setting("how states become a vector", "mean", CONTRASTIVE)
+    mask_token: str = setting("the plain token that hides others", "_", False)
+    scale: float = setting("inverse temperature of the loss", 20.0, True)
+    pooling: str = setting("how states become a vector", "mean", True)
     max_tokens: int = setting("tokens in one forward pass; lower it to save memory", 8192)
     recompute: int = setting("layers computed twice to save memory; a GPU raises it itself", 0)
     save_every: int = setting("steps between two saved states", 50)
@@ -622,8 +619,15 @@ def load_for_training(args: argparse.Namespace, **how) -> LLM2Vec:
 
 def settings_of(stage: str, args: argparse.Namespace) -> Settings:
     """The preset, changed by the flags."""
-    settings = STAGES[stage].presets[args.preset]
-    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    presets = STAGES[stage].presets
+    if args.preset not in presets:
+        raise ValueError(f"--preset {args.preset}: {stage} has {', '.join(presets)}")
+    settings, given = (
+        presets[args.preset],
+        {f.name: getattr(args, f.name, None) for f in fields(Settings)},
+    )
+    if given["steps"] and given["epochs"]:
+        raise ValueError("--steps and --epochs: give one of them")
     settings = with_steps(settings, given["steps"] or settings.steps)
     return replace(settings, **{name: v for name, v in given.items() if v is not None})
 
@@ -708,7 +712,7 @@ def save_encoder(model: LLM2Vec, folder: Path) -> None:
 def add_settings(command: argparse.ArgumentParser, stage: str) -> None:
     """A flag for each field of Settings that the stage has, with the values of the presets."""
     for f in fields(Settings):
-        if stage not in (f.metadata["stages"] or STAGES):
+        if f.metadata["encoder"] not in (None, STAGES[stage].encoder):
             continue
         values = {p: getattr(s, f.name) for p, s in STAGES[stage].presets.items()}
         if len(set(values.values())) == 1:
