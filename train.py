@@ -622,10 +622,8 @@ def settings_of(stage: str, args: argparse.Namespace) -> Settings:
     presets = STAGES[stage].presets
     if args.preset not in presets:
         raise ValueError(f"--preset {args.preset}: {stage} has {', '.join(presets)}")
-    settings, given = (
-        presets[args.preset],
-        {f.name: getattr(args, f.name, None) for f in fields(Settings)},
-    )
+    settings = presets[args.preset]
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
     if given["steps"] and given["epochs"]:
         raise ValueError("--steps and --epochs: give one of them")
     settings = with_steps(settings, given["steps"] or settings.steps)

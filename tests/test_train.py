@@ -429,10 +429,16 @@ def test_every_setting_of_a_stage_is_a_flag_with_the_presets_in_its_help(stage, 
     for name in {"mntp": ("scale", "pooling")}.get(stage, ("mask_rate", "mask_token")):
         assert command(*start, *flags.pop(name))[0] == 2, "of other stages"
     args = train.parser().parse_args([*start, *sum(flags.values(), [])])
+    with pytest.raises(ValueError, match="--steps and --epochs: give one of them"):
+        train.settings_of(stage, args)
+    args.epochs, values["epochs"] = None, None
     expected = replace(STAGES[stage].presets["paper"], **{name: values[name] for name in flags})
     assert train.settings_of(stage, args) == expected
     said = " ".join(command(stage, "--help")[1].split())
     assert all(f" {flag} " in said for flag, _ in flags.values())
+    args.preset = "mine"
+    with pytest.raises(ValueError, match=f"--preset mine: {stage} has paper, tiny, laptop"):
+        train.settings_of(stage, args)
     for preset, settings in STAGES[stage].presets.items():
         args = train.parser().parse_args([*start, "--preset", preset])
         assert train.settings_of(stage, args) == settings
