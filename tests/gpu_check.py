@@ -7,6 +7,7 @@ fails says so and the next one runs. `LARGE` is Mistral-7B's shape and `SMALL` S
 random weights. Without a GPU small layers take their place: a dry run, whose speeds mean nothing.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from timeit import repeat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402, I001 (before torch: it chooses how torch allocates memory)
@@ -23,8 +25,6 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from data.benchmarks import STSB_TEST, read_sts  # noqa: E402
-from data.corpus import WIKIPEDIA, read_documents  # noqa: E402
-from data.pairs import PAIRS, read_pairs  # noqa: E402
 from llm2vec import Config, Decoder, LLM2Vec, compile_layers, load_tokenizer, tokenize  # noqa: E402
 from lora import add_lora, quantize_nf4  # noqa: E402
 
@@ -36,7 +36,7 @@ SMALL = (49152, 576, 1536, 30, 9, 3, 64) if GPU else (6252, 64, 128, 1, 4, 2, 16
 DRY = {} if GPU else {"length": 32, "batch": 4, "max_tokens": 64}
 HOW, FEW = ("", "compiled"), {"max_tokens": 512, "recompute": 32}
 SEEN = "H100: 1.35, simcse 1.6, compiled 1.04, nf4 1.46, of 512 13.7; small 0.24, simcse 1.4"
-DOCUMENTS = read_documents(WIKIPEDIA)
+DOCUMENTS = train.read_documents(train.WIKIPEDIA)
 
 
 def fact(name: str, value: object, expected: str = "") -> None:
@@ -53,27 +53,18 @@ def encoder(shape: tuple, how: str = "") -> LLM2Vec:
     with torch.device(DEVICE):
         decoder = Decoder(Config(*shape, is_causal=False)).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    if how == "compiled":
-        compile_layers(decoder)
-    if how == "nf4":
-        quantize_nf4(decoder, DEVICE)
+    {"": id, "compiled": compile_layers, "nf4": lambda d: quantize_nf4(d, DEVICE)}[how](decoder)
     return LLM2Vec(decoder, load_tokenizer(train.TINY))
 
 
 def stage(name: str, model: LLM2Vec, folder: str | None = None, **changes) -> list[dict]:
     """The lines of a run's log, one a step: the paper's settings but for `changes`."""
     settings = replace(train.STAGES[name].presets["paper"], **{"steps": 4} | DRY | changes)
-    data = read_pairs([PAIRS]) if name == "supervised" else DOCUMENTS
+    data = train.read_pairs([train.PAIRS]) if name == "supervised" else DOCUMENTS
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(folder or scratch)
         train.STAGES[name].run(model, data, settings, folder)
         return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def timed(name: str, shape: tuple, how: str = "", **changes) -> None:
@@ -81,14 +72,19 @@ def timed(name: str, shape: tuple, how: str = "", **changes) -> None:
     plain = stage(name, encoder(shape), **changes) if how == "compiled" else ()
     torch.cuda.reset_peak_memory_stats() if GPU else None
     log = stage(name, encoder(shape, how), **changes)
-    ends, pace = ([line[key] for line in log] for key in ("seconds", "tokens_per_second"))
+    ends = [line["seconds"] for line in log]
     steps = median(b - a for a, b in zip(ends, ends[1:], strict=False))
+    pace = log[-1]["tokens_per_second"] * ends[-1] / len(log) / steps  # without the first step
+    _, d, ff, layers, heads, kv_heads, D = shape[:7]  # forward, and backward to the inputs:
+    useful = 4e-12 * pace * layers * d * (2 * heads * D + 2 * kv_heads * D + 3 * ff)
     what = f"{'small' if shape is SMALL else 'large'} {name} {how} {changes.get('max_tokens', '')}"
     fact(f"{what}: seconds a step; the first", f"{steps:.3g}; {ends[0]:.3g}", SEEN)
     peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0
-    fact(f"{what}: tokens/s; peak GiB", f"{pace[-1]:,.0f}; {peak:.1f}")
-    for a, b in list(zip(plain, log, strict=False))[-1:]:
-        fact(f"{what}: last loss against plain", abs(a["loss"] - b["loss"]), "below 2e-2")
+    fact(f"{what}: TFLOP/s; its share of peak", f"{useful:.0f}; {useful / PEAK:.2f}")
+    fact(f"{what}: tokens/s; peak GiB", f"{pace:,.0f}; {peak:.1f}")
+    if plain:
+        worst = abs(plain[-1]["loss"] - log[-1]["loss"])
+        fact(f"{what}: last loss against plain", worst, "below 2e-2")
 
 
 def right() -> None:
@@ -112,10 +108,9 @@ def right() -> None:
         stage("mntp", make(), whole, **how)
         model, calls = make(), iter((0, 0, 1))
         model.decoder.register_forward_pre_hook(lambda *_: 1 / (1 - next(calls)) and None)
-        try:
+        with contextlib.suppress(ZeroDivisionError):  # in the third step
             stage("mntp", model, stopped, **how)
-        except ZeroDivisionError:  # in the third step
-            stage("mntp", make(), stopped, **how)
+        stage("mntp", make(), stopped, **how)
         a, b = (load_file(Path(f) / "adapter_model.safetensors") for f in (whole, stopped))
     worst = max((a[name] - b[name]).abs().max().item() for name in a)
     fact("mntp, stopped and resumed: adapters", worst, "below 1e-6")
@@ -129,8 +124,7 @@ def right() -> None:
 
 
 def kernels() -> None:
-    kind = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profile:
+    with torch.profiler.profile() as profile:
         stage("mntp", encoder(LARGE), steps=1)
     name = "self_device_time_total" if GPU else "self_cpu_time_total"
     for event in sorted(profile.key_averages(), key=lambda e: -getattr(e, name))[:16]:
@@ -144,7 +138,7 @@ def encoding() -> None:
         model = encoder(shape, how)
         for name, texts in jobs.items():
             tokens = sum(len(ids) for ids, _ in tokenize(model.tokenizer, texts, 512))
-            times = [seconds(lambda m=model, texts=texts: m.encode(texts)) for _ in range(4)]
+            times = repeat(lambda m=model, t=texts: m.encode(t), number=1, repeat=4)
             what = f"{'small' if shape is SMALL else 'large'}, {name} {how}: tokens/s"
             fact(what, tokens / median(times[1:]), f"first {times[0]:.1f} s; large 35,000, 25,600")
 
@@ -161,8 +155,8 @@ STEPS = {
 STEP, failed = "machine", []
 fact("device", torch.cuda.get_device_name() if GPU else "CPU, a dry run", torch.__version__)
 a = torch.randn(8192 if GPU else 256, 8192 if GPU else 256, device=DEVICE, dtype=torch.bfloat16)
-fastest = min(seconds(lambda: float((a @ a)[0, 0])) for _ in range(10))
-fact("TFLOP/s of a bfloat16 matrix product", 2e-12 * len(a) ** 3 / fastest, "790 on an H100")
+PEAK = 2e-12 * len(a) ** 3 / min(repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=10))
+fact("TFLOP/s of a bfloat16 matrix product", PEAK, "790 on an H100")
 for STEP in sys.argv[1:] or STEPS:
     start = time.perf_counter()
     try:
