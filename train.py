@@ -297,7 +297,7 @@ def train_simcse(
     texts = list(dict.fromkeys(s for document in documents for s in sentences(document)))
     if len(texts) < 2:
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
-    model.pooling = settings.pooling
+    as_trained(model, settings)
 
     def loss_of(vectors: Tensor) -> Tensor:
         return contrastive_loss(*vectors.chunk(2), scale=settings.scale)
@@ -307,6 +307,11 @@ def train_simcse(
         return contrast(model, rows + rows, loss_of, settings.max_tokens)  # two dropout views
 
     fit(model, [texts], backward, settings, folder)
+
+
+def as_trained(model: LLM2Vec, settings: Settings) -> None:
+    """Pool as the settings say, and read at least as many tokens of a text as training does."""
+    model.pooling, model.max_length = settings.pooling, max(model.max_length, settings.length)
 
 
 def contrast(
@@ -371,7 +376,7 @@ def train_supervised(
     datasets: of `read_pairs`. A batch comes from one of them; every positive and every hard
     negative of the batch is a candidate for each of its queries (section 4 of the paper).
     """
-    model.pooling = settings.pooling
+    as_trained(model, settings)
 
     def backward(pairs: list[dict]) -> tuple[float, int]:
         rows = []
@@ -432,7 +437,7 @@ STAGES = {
         train_supervised,
         "The fourth stage: contrastive learning on pairs; writes the encoder too.",
         {
-            "paper": Settings(length=512, batch=512, lr=2e-4, warm_up=300),
+            "paper": Settings(length=512, batch=512, lr=2e-4, warm_up=300, scale=50.0),
             "tiny": Settings(length=64, batch=32, steps=60, lr=2e-3, warm_up=10),
             "laptop": Settings(length=64, batch=32, steps=40, lr=5e-4, warm_up=5, dropout=0.0),
         },
@@ -649,7 +654,7 @@ def run_stage(args: argparse.Namespace) -> None:
     if stage.encoder and RANK == 0:
         if args.quantize:  # merge into the weights as they were
             model = load_for_training(args, adapters=[*args.adapters, output], device="cpu")
-            model.pooling = settings.pooling
+            as_trained(model, settings)
         save_encoder(model, output / "encoder")
 
 

@@ -106,3 +106,13 @@ def test_queries_choose_among_all_positives_and_hard_negatives(max_tokens, tmp_p
     [(said, _)] = found
     assert said == pytest.approx(loss.item(), abs=1e-5)
     torch.testing.assert_close(gradient, weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_an_encoder_reads_as_much_of_a_text_as_it_was_trained_on(tmp_path):
+    model = LLM2Vec.from_pretrained(TINY)
+    pairs = [{"query": q, "positive": q, "negatives": [], "instruction": ""} for q in ("a b", "c")]
+    settings = replace(STAGES["supervised"].presets["tiny"], steps=1, batch=2)
+    for length, expected in ((64, 512), (1024, 1024)):
+        changed = replace(settings, length=length, pooling="last")
+        STAGES["supervised"].run(model, [pairs], changed, tmp_path / str(length))
+        assert (model.max_length, model.pooling) == (expected, "last")
