@@ -697,7 +697,11 @@ def sum_of_cross_entropy(decoder: Decoder, states: Tensor, tokens: Tensor) -> Te
 
 
 def contrastive_loss(
-    query: Tensor, positive: Tensor, negative: Tensor | None = None, scale: float = 20.0
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor | None = None,
+    scale: float = 20.0,
+    copies: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy, in nats, of picking the positive of each query among all candidates.
 
@@ -705,9 +709,11 @@ def contrastive_loss(
         query, positive: (B, d); row i of one belongs to row i of the other.
         negative: (any number, d), hard negatives: more candidates for every query.
         scale: inverse temperature, by which the cosine is multiplied.
+        copies: (B, candidates) booleans, other copies of a query's own positive: no candidates.
     """
     candidates = positive if negative is None else torch.cat([positive, negative])
     cosine = F.normalize(query.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
+    cosine = cosine if copies is None else cosine.masked_fill(copies, float("-inf"))
     return F.cross_entropy(scale * cosine, torch.arange(len(query), device=query.device))
 
 

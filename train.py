@@ -374,7 +374,8 @@ def train_supervised(
     """Teach a model that a query is like what answers it.
 
     datasets: of `read_pairs`. A batch comes from one of them; every positive and every hard
-    negative of the batch is a candidate for each of its queries (section 4 of the paper).
+    negative of the batch is a candidate for each of its queries (section 4 of the paper), unless it
+    has the text of the query's own positive: questions may share an answer.
     """
     as_trained(model, settings)
 
@@ -384,11 +385,13 @@ def train_supervised(
             rows += tokenize(model.tokenizer, [p["query"]], settings.length, p["instruction"])
         answers = [p["positive"] for p in pairs] + [n for p in pairs for n in p["negatives"]]
         rows += tokenize(model.tokenizer, answers, settings.length)
+        copies = [[a == b for b in answers] for a in answers[: len(pairs)]]
+        copies = torch.tensor(copies, device=model.decoder.device).fill_diagonal_(False)
 
         def loss_of(vectors: Tensor) -> Tensor:
             query, positive = vectors[: 2 * len(pairs)].chunk(2)
             negative = vectors[2 * len(pairs) :]
-            return contrastive_loss(query, positive, negative, settings.scale)
+            return contrastive_loss(query, positive, negative, settings.scale, copies)
 
         return contrast(model, rows, loss_of, settings.max_tokens)
 

@@ -116,3 +116,33 @@ def test_an_encoder_reads_as_much_of_a_text_as_it_was_trained_on(tmp_path):
         changed = replace(settings, length=length, pooling="last")
         STAGES["supervised"].run(model, [pairs], changed, tmp_path / str(length))
         assert (model.max_length, model.pooling) == (expected, "last")
+
+
+def test_queries_that_share_an_answer_are_not_set_against_it(tmp_path):
+    """The loss is that of a batch without the copies; and training gets it down."""
+    vectors = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    query, shared, other = vectors[:3], vectors[3:4], vectors[4:5]
+    positive = torch.cat([shared, other, shared])  # of queries 0 and 2 the same
+    negative = torch.cat([shared, vectors[5:]])  # and a hard negative of another query
+    copies = torch.zeros(3, 5, dtype=torch.bool)
+    copies[0, [2, 3]] = copies[2, [0, 3]] = True
+    found = contrastive_loss(query, positive, negative, 20.0, copies)
+    candidates = torch.cat([shared, other, vectors[5:]])
+    rows = [
+        contrastive_loss(
+            query[i : i + 1], candidates[[c]], candidates[[j for j in range(3) if j != c]]
+        )
+        for i, c in ((0, 0), (2, 0))
+    ]
+    rows.append(contrastive_loss(query[1:2], other, torch.cat([shared, shared, negative])))
+    torch.testing.assert_close(found, torch.stack(rows).mean())
+
+    model = LLM2Vec.from_pretrained(TINY)
+    pairs = [
+        {"query": f"Question {i}?", "positive": "Yes.", "negatives": ["Yes."], "instruction": ""}
+        for i in range(8)
+    ]
+    settings = replace(STAGES["supervised"].presets["tiny"], steps=2, batch=8)
+    STAGES["supervised"].run(model, [pairs], settings, tmp_path / "run")
+    losses = [json.loads(x)["loss"] for x in (tmp_path / "run" / "log.jsonl").open()]
+    assert max(losses) < 1e-6, "there is nothing to be told apart"
