@@ -62,6 +62,7 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": ...} and what ROPE_SCALING says it needs
     sliding_window: int | None = None
+    layer_types: list[str] | None = None  # full_attention or sliding_attention; None: all sliding
     no_rope_layers: list[int] | None = None  # 0 for each layer without rotary positions, else 1
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
@@ -264,7 +265,8 @@ class Decoder(nn.Module):
         cos, sin = rotary_table(c, T, device, x.dtype)
         x, states = x.float(), []
         for i, layer in enumerate(self.layers):
-            masked = mask(c.is_causal, c.sliding_window)  # may differ by layer
+            full = c.layer_types is not None and c.layer_types[i] == "full_attention"
+            masked = mask(c.is_causal, None if full else c.sliding_window)  # may differ by layer
             if i < self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, masked, cos, sin, use_reentrant=False)
             else:
@@ -372,6 +374,10 @@ def read_config(file: Path) -> Config:
             expect(raw.get(key, value) == value, key, repr(value))
         raw = FAMILIES[family] | raw
         given = {k: raw[k] for k in Config.__dataclass_fields__ if raw.get(k) is not None}
+        types = raw.get("layer_types") or []
+        known = ("full_attention", "sliding_attention")[: 2 if family == "mistral" else 1]
+        expect(all(t in known for t in types), "layer_types", " and ".join(known))
+        expect(len(types) in (0, given["num_hidden_layers"]), "layer_types", "one for each layer")
         if family != "mistral":
             given.pop("sliding_window", None)
         # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.

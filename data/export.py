@@ -85,7 +85,10 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
     }
     if len(behind) == 1:
         tokens["eos_token"] = model.tokenizer.id_to_token(behind[0])
-    files = {"config.json": vars(config) | about, "tokenizer.json": tokenizer}
+    fields = vars(config) | about
+    if config.layer_types is None:  # the very key makes a Ministral of a Mistral, in transformers
+        del fields["layer_types"]
+    files = {"config.json": fields, "tokenizer.json": tokenizer}
     files["tokenizer_config.json"] = tokens
     _, pooling = POOLING[model.pooling]
     if len(behind) > 1 or pooling is None:

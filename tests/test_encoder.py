@@ -450,3 +450,22 @@ def test_a_tokenizer_without_bos_may_have_one_in_front_and_keeps_it(tmp_path, mi
     assert prompts["default_prompt_name"] == "default", "which keeps BOS out of the mean there too"
     with pytest.raises(ValueError, match=r"tokenizer.json: has no token <\|endoftext\|>"):
         load_tokenizer(mistral, "endoftext")
+
+
+@pytest.mark.parametrize(
+    "family, types, said",
+    [
+        ("mistral", ["full_attention", "sliding_attention"], None),
+        ("llama", ["full_attention"] * 2, None),
+        ("llama", ["full_attention", "sliding_attention"], "layer_types is .*, expected full_att"),
+        ("mistral", ["chunked_attention"] * 2, "layer_types is .*chunked"),
+        ("mistral", ["full_attention"], "layer_types is .*, expected one for each layer"),
+    ],
+)
+def test_types_of_layers_are_honoured_or_refused(folder, family, types, said):
+    edit(folder / "config.json", model_type=family, layer_types=types, sliding_window=3)
+    if said is None:
+        assert llm2vec.Config.from_pretrained(folder).layer_types == types
+    else:
+        with pytest.raises(ValueError, match=said):
+            llm2vec.Config.from_pretrained(folder)

@@ -244,3 +244,18 @@ def test_contrastive_loss_and_gradient_in_closed_form(n_negatives):
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(query.grad.numpy(), d_query, atol=1e-6)
+
+
+def test_each_layer_has_the_window_that_its_type_says():
+    """Hidden states are those of layers whose masks were given to them one by one."""
+    ids, types = torch.arange(9)[None], ["full_attention", "sliding_attention"]
+    decoder = small_decoder(sliding_window=2, is_causal=False, layer_types=types)
+    found, seen = decoder(ids), []
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    decoder(ids)
+    assert seen[0] is None
+    assert torch.equal(seen[1], attention_mask(torch.ones(1, 9), False, 2))
+    for other in (None, types[::-1], ["full_attention"] * 2):
+        decoder.config.layer_types = other
+        assert not torch.allclose(decoder(ids), found)
