@@ -181,3 +181,19 @@ def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, nf
         load_adapter(decoder, folder)
         merge_lora(decoder)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_the_device_and_its_type_are_those_of_the_hardware(monkeypatch, capsys):
+    """A GPU before a CPU; a GPU without bfloat16 (T4, V100) computes in float32 and says so."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert llm2vec.default_device() == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert llm2vec.default_device() == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert llm2vec.default_device() == "cuda:2"
+    for able in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, a=able: a)
+        assert llm2vec.has_bfloat16(torch.device("cuda")) == able
+        assert ("has no bfloat16" in capsys.readouterr().err) != able
