@@ -745,7 +745,7 @@ class LLM2Vec:
     def from_pretrained(
         cls,
         folder: str | Path,
-        adapters: Sequence[str | Path] = (),
+        adapters: str | Path | Sequence[str | Path] = (),
         pooling: str = "mean",
         max_length: int = 512,
         is_causal: bool = False,
@@ -759,6 +759,10 @@ class LLM2Vec:
         the first of cuda, mps and cpu that is there; dtype to bfloat16 on a GPU that has it, else
         to float32.
         """
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no such folder; expected one with config.json in it"
+            )
         device = torch.device(device or default_device())
         if device == torch.device("cuda"):  # safetensors would take the first GPU for each process
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -768,7 +772,7 @@ class LLM2Vec:
         tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
         decoder = Decoder.from_pretrained(folder, dtype, device)
         decoder.config.is_causal = is_causal  # step 1 of the method, entire
-        for adapter in adapters:
+        for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
             from lora import load_adapter, merge_lora  # adapters are the next file to read
 
             load_adapter(decoder, adapter)

@@ -120,18 +120,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     A checkpoint of that name is replaced, whole; a folder of anything else is refused.
     """
     known = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    if folder.exists() and not known:
+    if folder.exists() and not known and any(folder.iterdir()):
         raise ValueError(f"{folder}: exists and is not a checkpoint; remove it or choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
         yield new
-        if known:
+        if folder.exists():
             os.replace(folder, old)
         try:
             os.replace(new, folder)
         except OSError:
-            if known:
+            if old.exists():
                 os.replace(old, folder)
             raise

@@ -19,6 +19,7 @@ import llm2vec
 from data.corpus import WIKIPEDIA, read_documents
 from data.files import encode_file
 from llm2vec import POOLING, Decoder, LLM2Vec, load_tokenizer, tokenize
+from lora import add_lora, save_adapter
 
 ROOT = Path(__file__).parent.parent
 TINY, GOLDEN = ROOT / "data" / "tiny-llama", ROOT / "tests" / "golden"
@@ -469,3 +470,18 @@ def test_types_of_layers_are_honoured_or_refused(folder, family, types, said):
     else:
         with pytest.raises(ValueError, match=said):
             llm2vec.Config.from_pretrained(folder)
+
+
+def test_one_adapter_may_stand_alone_and_an_empty_folder_may_be_filled(folder, tmp_path):
+    model, adapter, encoder = LLM2Vec.from_pretrained(folder), tmp_path / "a", tmp_path / "encoder"
+    for parameter in add_lora(model.decoder, rank=2):
+        torch.nn.init.normal_(parameter)
+    save_adapter(model.decoder, adapter)
+    encoder.mkdir()
+    LLM2Vec.from_pretrained(folder, [adapter]).save(encoder)
+    expected = LLM2Vec.from_pretrained(encoder).encode(["a b c"])
+    for one in (adapter, str(adapter)):
+        found = LLM2Vec.from_pretrained(folder, adapters=one).encode(["a b c"])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        LLM2Vec.from_pretrained("nowhere")
