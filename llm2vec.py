@@ -864,12 +864,15 @@ def default_device() -> str:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16; where it does not, float32 is faster.
 
-    NVIDIA's GPUs do from Ampere on (not T4 and V100), CPUs do with AVX512-BF16 or AMX.
+    NVIDIA's GPUs do from Ampere on (not T4 and V100, of which standard error says so), CPUs do with
+    AVX512-BF16 or AMX. Apple's GPUs were never tried, and count as if they did not.
     """
     if device.type == "cpu":
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch 2.6 and later
         return any(getattr(torch.cpu, name, bool)() for name in names)
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return False
+    able = torch.cuda.is_bf16_supported(including_emulation=False)
     if not able:
         print(f"{device} has no bfloat16: computing in float32", file=sys.stderr)
     return able

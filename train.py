@@ -79,14 +79,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, least = (
-                getattr(self, f.name),
-                0 if f.default == 0 else 1 if f.type is int else 1e-9,
-            )
-            share = "rate" in f.name or "dropout" in f.name
-            least, most = 0 if "dropout" in f.name else least, 0.99 if share else 1e12
+            value, name = getattr(self, f.name), f.name.replace("_", "-")
+            least = 1 if f.type in (int, int | None) else 1e-9
+            least = 0 if f.default == 0 or "dropout" in f.name else least
+            most = {"mask_rate": 1, "dropout": 0.99, "attention_dropout": 0.99}.get(f.name, 1e12)
             if isinstance(value, (int, float)) and not least <= value <= most:
-                name = f.name.replace("_", "-")
                 raise ValueError(f"--{name} is {value}, expected {least:g} to {most:g}")
 
 
@@ -122,7 +119,8 @@ def fit(
 
     AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. `backward`
     takes a batch, leaves this process's part of the gradients, and returns its part of the loss and
-    the tokens of the batch.
+    the tokens of the batch. `trained` says what is trained, by default adapters.
+
     Everything random in a step follows from the seed and the number of the step, so a run that was
     stopped goes on from its newest state and ends with the same bits as one that was not.
     """

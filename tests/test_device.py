@@ -193,6 +193,7 @@ def test_the_device_and_its_type_are_those_of_the_hardware(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert llm2vec.default_device() == "cuda:2"
+    assert not llm2vec.has_bfloat16(torch.device("mps"))
     for able in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, a=able: a)
         assert llm2vec.has_bfloat16(torch.device("cuda")) == able
