@@ -64,6 +64,8 @@ class Config:
     sliding_window: int | None = None
     layer_types: list[str] | None = None  # full_attention or sliding_attention; None: all sliding
     no_rope_layers: list[int] | None = None  # 0 for each layer without rotary positions, else 1
+    attention_bias: bool = False  # on q, k, v and o; a qwen2 always has those on q, k and v
+    mlp_bias: bool = False
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     is_causal: bool = True  # step 1 of LLM2Vec sets this to False
@@ -72,6 +74,8 @@ class Config:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
         """Read `folder`/config.json. Raises FileNotFoundError, or ValueError naming the field."""
+        from data.checkpoints import read_config  # the families, and what their files leave out
+
         return read_config(Path(folder) / "config.json")
 
 
@@ -132,11 +136,15 @@ def rotary_table(config: Config, T: int, device: torch.device, dtype: torch.dtyp
     Pair m of a head turns by position * theta^(-2m/D), so the product of a query and a key depends
     on their distance alone. A text that is packed behind another, or shifted by padding, therefore
     needs no positions of its own. `linear` stretches all wavelengths by `factor`; `llama3` (Llama
-    3.1) stretches only the long ones, with a smooth passage, as in transformers' rope utilities.
+    3.1) stretches only the long ones, with a smooth passage, as in transformers' rope utilities;
+    `dynamic` stretches none before max_position_embeddings, behind which it raises ValueError.
     """
     D = config.head_dim
     frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
     scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "dynamic" and config.max_position_embeddings < T:
+        longest = config.max_position_embeddings
+        raise ValueError(f"rope_type dynamic: a text of {T} tokens, expected at most {longest}")
     if scaling["rope_type"] == "linear":
         frequency = frequency / scaling["factor"]
     elif scaling["rope_type"] == "llama3":
@@ -173,11 +181,12 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.config = config
-        d, D, bias = config.hidden_size, config.head_dim, config.model_type == "qwen2"
+        d, D = config.hidden_size, config.head_dim
+        bias = config.attention_bias or config.model_type == "qwen2"
         self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=config.attention_bias)
         self.q_norm = self.k_norm = nn.Identity()
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
@@ -201,9 +210,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        d, wide, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(d, wide, bias=bias)
+        self.up_proj = nn.Linear(d, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, d, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -242,6 +252,7 @@ class Decoder(nn.Module):
         # Training keeps only the input of so many layers, and computes what is inside them again
         # in the backward pass: less memory, for up to a third more time.
         self.recompute = 0
+        self.name_or_path: str | None = None  # the checkpoint that has these very weights
 
     def forward(
         self, input_ids: Tensor, segments: Tensor | None = None, last: int | None = None
@@ -294,19 +305,24 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        path_or_name: str | Path,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "Decoder":
-        """Load a Hugging Face checkpoint folder: config.json and safetensors, whole or sharded.
+        """Load a Hugging Face checkpoint: a folder, or a name on the hub such as "owner/model".
 
-        Names may have the prefix `model.` (a causal-LM checkpoint) or not (its inner model, which
-        has no output head). Raises FileNotFoundError or ValueError, naming the file and tensor.
+        Its weights are safetensors, whole or sharded, of a causal LM or of its inner model, which
+        has no output head. Raises FileNotFoundError or ValueError, naming the file and tensor.
         """
+        from data.checkpoints import find_checkpoint  # where it is, or what is there instead
+
+        folder = find_checkpoint(path_or_name)
         config = Config.from_pretrained(folder)
-        with reading(Path(folder) / "config.json"), torch.device("meta"):  # shapes, no memory yet
+        with reading(folder / "config.json"), torch.device("meta"):  # shapes, no memory yet
             decoder = cls(config)
-        load_weights(decoder, Path(folder), dtype, torch.device(device))
+        load_weights(decoder, folder, dtype, torch.device(device))
+        local = Path(path_or_name).is_dir()
+        decoder.name_or_path = str(folder.resolve() if local else path_or_name)
         return decoder.train(False)
 
 
@@ -339,115 +355,60 @@ def read_json(file: Path) -> dict:
         return raw
 
 
-# The model types, and what transformers takes where their config.json is silent.
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
-    "qwen2": {"num_key_value_heads": 32},  # biases on q, k and v
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},  # a norm on every head of q and k
-    # Layers without rotary positions.
-    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
-}
-# The kinds of rotary scaling, and the numbers that each one needs.
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_SCALING = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-ONLY |= {"use_sliding_window": False}
-
-
-def read_config(file: Path) -> Config:
-    """config.json as a Config.
-
-    A key that is left out means transformers' default for the family; null means no window, a
-    key/value head for every head, and else the default of Config.
-    """
-    raw = read_json(file)
-
-    def expect(holds: bool, key: str, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{key} is {raw.get(key)!r}, expected {expected}")
-
-    with reading(file):
-        family = raw.get("model_type")
-        expect(str(family) in FAMILIES, "model_type", " or ".join(FAMILIES))
-        for key, value in ONLY.items():
-            expect(raw.get(key, value) == value, key, repr(value))
-        raw = FAMILIES[family] | raw
-        given = {k: raw[k] for k in Config.__dataclass_fields__ if raw.get(k) is not None}
-        types = raw.get("layer_types") or []
-        known = ("full_attention", "sliding_attention")[: 2 if family == "mistral" else 1]
-        expect(all(t in known for t in types), "layer_types", " and ".join(known))
-        expect(len(types) in (0, given["num_hidden_layers"]), "layer_types", "one for each layer")
-        if family != "mistral":
-            given.pop("sliding_window", None)
-        # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        rope = rope | {k: raw[k] for k in LLAMA3[3:] if k in raw}  # this one may stand outside
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ROPE_SCALING:
-            raise ValueError(f"rope_type is {kind!r}, expected {' or '.join(ROPE_SCALING)}")
-        given["rope_scaling"] = {"rope_type": kind}
-        for key in ROPE_SCALING[kind]:
-            given["rope_scaling"][key] = rope[key]
-            if not rope[key] > 0:
-                raise ValueError(f"{key} is {rope[key]!r}, expected a number above 0")
-        given |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-        heads = given["num_attention_heads"]
-        given = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads} | given
-        layers, every = given["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
-        if family != "smollm3":
-            given.pop("no_rope_layers", None)
-        elif "no_rope_layers" not in given:
-            given["no_rope_layers"] = [int((i + 1) % every > 0) for i in range(layers)]
-        elif len(given["no_rope_layers"]) != layers:
-            raise ValueError(f"no_rope_layers has not {layers} numbers, one for each layer")
-        for name, field in Config.__dataclass_fields__.items():
-            if field.type is int or name == "sliding_window" and name in given:
-                value = given.get(name, field.default)
-                expect(type(value) is int and value > 0, name, "a positive whole number")
-            elif field.type in (bool, float):
-                value = given.get(name, field.default)
-                expect(field.type(value) == value, name, f"a {field.type.__name__}")
-        shared = heads % given["num_key_value_heads"] == 0
-        expect(shared, "num_attention_heads", "a multiple of num_key_value_heads")
-        expect(given["head_dim"] % 2 == 0, "head_dim", "an even number")
-        return Config(**given)
-
-
 # Types that are numbers by themselves; whole numbers and 8 bits mean a quantised checkpoint.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+# What wrappers put in front of a tensor's name; and what an encoder has no use for: the heads of
+# classifiers and of reward models, and tables that are computed here.
+PREFIX = re.compile(r"^((module|_orig_mod|base_model\.model|model)\.)+")
+UNUSED = re.compile(r"(score|classifier|classification_head|v_head|value_head)\.|.*rotary_emb\.")
+
+
 def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a decoder made on the meta device from safetensors, one tensor in memory at a time."""
-    wanted = dict(decoder.named_parameters())
-    inner = True  # no name starts with `model.`: a checkpoint of the inner model
+    wanted, unused = dict(decoder.named_parameters()), []
+    quantised = read_json(folder / "config.json").get("quantization_config") or {}
+    method = quantised.get("quant_method", "which method it does not say")
+    hint = f"; the weights are quantised ({method}): take those that they were made from"
+    hint = hint if quantised else ""  # a key that was left behind by plain weights does no harm
     for file in weight_files(folder):
         with reading(file), safe_open(file, framework="pt", device=str(device)) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                inner = inner and not name.startswith("model.")
-                key = name.removeprefix("model.")
-                tied = key == "lm_head.weight" and decoder.config.tie_word_embeddings
-                if tied or key.endswith("rotary_emb.inv_freq"):
+                key = PREFIX.sub("", name)
+                if key == "lm_head.weight" and decoder.config.tie_word_embeddings:
+                    continue
+                if UNUSED.match(key):
+                    unused.append(name)
                     continue
                 if key not in wanted:
-                    raise ValueError(f"tensor {name} has no place in this model")
+                    raise ValueError(f"tensor {name} has no place in this model{hint}")
                 weight, expected = tensors.get_tensor(name), list(wanted.pop(key).shape)
                 if list(weight.shape) != expected:
-                    raise ValueError(f"tensor {name} is {list(weight.shape)}, expected {expected}")
+                    found = list(weight.shape)
+                    raise ValueError(f"tensor {name} is {found}, expected {expected}{hint}")
                 if weight.dtype not in FLOATS:
-                    raise ValueError(f"tensor {name} has type {weight.dtype}")
+                    raise ValueError(f"tensor {name} has type {weight.dtype}{hint}")
                 weight = nn.Parameter(weight.to(dtype), requires_grad=False)
                 if not weight.isfinite().all():
                     raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}")
                 module, _, leaf = key.rpartition(".")
                 setattr(decoder.get_submodule(module), leaf, weight)
-    if inner and "lm_head.weight" in wanted:
+    if "lm_head.weight" in wanted:
         del wanted["lm_head.weight"]
         decoder.lm_head = None
+        print(f"{folder}: has no lm_head.weight, so it encodes and can't predict", file=sys.stderr)
     if wanted:
         more = f", and {len(wanted) - 1} more" if len(wanted) > 1 else ""
         raise ValueError(f"{folder}: tensor {next(iter(wanted))} is missing{more}")
+    tell_unused(folder, unused)
+
+
+def tell_unused(file: Path, names: list[str]) -> None:
+    """Say in one line which tensors were left out, as an encoder has no use for them."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"{file}: {names[0]}{more} left out, of no use to an encoder", file=sys.stderr)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -516,16 +477,21 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
 
 
 def tokenize(
-    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, instruction: str | None = None
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    max_length: int,
+    instruction: str | None = None,
+    separator: str = "\n",
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each text, and which of them are its own: no BOS, no instruction.
 
-    One line break stands between an instruction and the text, whatever white space the instruction
-    ends in. What stands behind a text (a template's closing marker, EOS) counts as its own, as it
-    does in the authors' encoder and in sentence-transformers. At most max_length tokens each: the
-    end of a longer text is cut, never a marker. A text that has no token of its own gets all that
-    stands there, or token 0 where nothing does, so that its vector is finite. Raises ValueError for
-    what is not a string, and where an instruction or template leaves no room for text.
+    The separator stands between an instruction and the text, whatever white space the instruction
+    ends in; with an empty one, the instruction is taken as it is. What stands behind a text (a
+    template's closing marker, EOS) counts as its own, as it does in the authors' encoder and in
+    sentence-transformers. At most max_length tokens each: the end of a longer text is cut, never a
+    marker. A text that has no token of its own gets all that stands there, or token 0 where nothing
+    does, so that its vector is finite. Raises ValueError for what is not a string, and where an
+    instruction or template leaves no room for text.
     """
     if isinstance(texts, str):
         raise ValueError("texts is one string, expected a list of strings: put it in brackets")
@@ -536,9 +502,9 @@ def tokenize(
         if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}")
     # More than one line break or space would be cut differently in front of a text than alone.
-    lead = (instruction or "").rstrip()
-    lead += "\n" if lead else ""
-    special = tokenizer.encode(lead).special_tokens_mask
+    lead = ((instruction or "").rstrip() if separator else instruction) or ""
+    lead += separator if lead else ""
+    special = tokenizer.encode(lead.rstrip(" ")).special_tokens_mask  # a space goes with the text
     before = max((i + 1 for i, s in enumerate(special) if not s), default=0)
     if max_length <= tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"max_length {max_length} leaves no room beside the template's tokens")
@@ -729,14 +695,28 @@ def contrastive_loss(
 class LLM2Vec:
     """A decoder, its tokenizer and a pooling rule: texts in, vectors out."""
 
+    # What an exported folder gives as the prompts of sentence-transformers: {"query": ...}.
+    prompts: dict[str, str] = {}
+
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, pooling: str = "mean", max_length: int = 512
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        pooling: str = "mean",
+        max_length: int = 512,
+        separator: str = "\n",
+        include_prompt: bool = False,
     ):
+        """separator: see `tokenize`. include_prompt: pool BOS and instructions, too."""
         self.decoder, self.tokenizer = decoder, tokenizer
         self.pooling, self.max_length = pooling, max_length
+        self.separator, self.include_prompt = separator, include_prompt
         if pooling not in POOLING:
             raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
-        ids, V = tokenizer.get_vocab().values(), decoder.config.vocab_size
+        # A token behind the embedding (<pad>, often) is made special: a text can't produce it then.
+        V, added = decoder.config.vocab_size, tokenizer.get_added_tokens_decoder()
+        tokenizer.add_special_tokens([token.content for i, token in added.items() if i >= V])
+        ids = tokenizer.get_vocab(with_added_tokens=False).values()
         last = max(*ids, *tokenizer.encode("a").ids)  # of what stands around a text, too
         if last >= V:
             raise ValueError(f"tokenizer.json: has token ids up to {last}, the model embeds {V}")
@@ -744,40 +724,59 @@ class LLM2Vec:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        path_or_name: str | Path,
         adapters: str | Path | Sequence[str | Path] = (),
-        pooling: str = "mean",
-        max_length: int = 512,
-        is_causal: bool = False,
+        pooling: str | None = None,
+        max_length: int | None = None,
+        is_causal: bool | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         template: str | None = None,
+        separator: str | None = None,
     ) -> "LLM2Vec":
-        """Load a checkpoint folder and merge adapter folders into it, in the order given.
+        """Load a checkpoint and merge adapters into it, in the order given.
 
+        Each is a folder, or a name on the Hugging Face hub. pooling, max_length, is_causal and
+        separator default to what an encoder's folder says, else to "mean", 512, False and a line
+        break; the separator to a space for the authors' checkpoints, adapters and templates.
         template is the name of an instruct model's chat template, see TEMPLATES. device defaults to
         the first of cuda, mps and cpu that is there; dtype to bfloat16 on a GPU that has it, else
         to float32.
         """
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(
-                f"{folder}: no such folder; expected one with config.json in it"
-            )
+        from data.checkpoints import find_checkpoint
+        from data.export import described  # a folder's own files say how it is to be used
+
+        folder = find_checkpoint(path_or_name, "tokenizer.json")
+        adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters
         device = torch.device(device or default_device())
         if device == torch.device("cuda"):  # safetensors would take the first GPU for each process
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if dtype is None:
             fast = device.type != "cpu" and has_bfloat16(device)
             dtype = torch.bfloat16 if fast else torch.float32
+        how = described(folder)
+        if template or any("LLM2Vec-" in str(name) for name in (path_or_name, *adapters)):
+            how["separator"] = " "
+        given = {"pooling": pooling, "max_length": max_length, "separator": separator}
+        how |= {name: value for name, value in given.items() if value is not None}
         tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
-        decoder = Decoder.from_pretrained(folder, dtype, device)
-        decoder.config.is_causal = is_causal  # step 1 of the method, entire
-        for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
+        decoder = Decoder.from_pretrained(path_or_name, dtype, device)
+        both_ways = not how.pop("is_causal")  # step 1 of the method, entire
+        decoder.config.is_causal = not both_ways if is_causal is None else is_causal
+        for adapter in adapters:
             from lora import load_adapter, merge_lora  # adapters are the next file to read
 
             load_adapter(decoder, adapter)
             merge_lora(decoder)
-        return cls(decoder, tokenizer, pooling, max_length)
+        return cls(decoder, tokenizer, **how)
+
+    def rows(
+        self, texts: Sequence[str], instruction: str | None = None, max_length: int | None = None
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Token ids of each text, and which of them count for its vector; see `tokenize`."""
+        max_length = self.max_length if max_length is None else max_length
+        rows = tokenize(self.tokenizer, texts, max_length, instruction, self.separator)
+        return [(ids, own if not self.include_prompt else [True] * len(ids)) for ids, own in rows]
 
     def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
         """Vectors, (B, d) float32, of rows that `tokenize` made, as one padded batch."""
@@ -791,29 +790,40 @@ class LLM2Vec:
     @torch.inference_mode()
     def encode(
         self,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         instruction: str | None = None,
         max_tokens: int = 8192,
         progress: bool = False,
+        normalize: bool = False,
     ) -> np.ndarray:
-        """Vectors of texts: a float32 array (N, d), not normalised, in the order of `texts`.
+        """Vectors of texts: a float32 array (N, d), in the order of `texts`; of one string: (d,).
 
         Texts of like length share a batch of at most max_tokens tokens, padding included; a longer
         text has a batch for itself. The same text gets the same vector whatever it is batched with.
-        Raises ValueError for what is not a string.
+        Vectors have length 1 if `normalize`. Raises ValueError for what is not a string.
         """
-        rows = tokenize(self.tokenizer, texts, self.max_length, instruction)
+        rows = self.rows([texts] if isinstance(texts, str) else texts, instruction)
         vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
         self.decoder.train(False)
         done, lengths = 0, [len(ids) for ids, _ in rows]
         for batch in batches_by_length(lengths, max_tokens, least_tokens(self.decoder)):
-            vectors[batch] = self.embed([rows[i] for i in batch]).cpu().numpy()
+            made = self.embed([rows[i] for i in batch])
+            vectors[batch] = (F.normalize(made, dim=-1) if normalize else made).cpu().numpy()
             done += len(batch)
             if progress:
                 print(f"\r{done} of {len(rows)} texts", end="", file=sys.stderr, flush=True)
         if progress:
             print(file=sys.stderr)
-        return vectors
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def encode_words(self, words: Sequence[str]) -> np.ndarray:
+        """Vectors of a sentence's words, float32 (words, d): each the mean of its tokens' states.
+
+        The words are read in their sentence, with a space between them (the paper's section 3.1).
+        """
+        from data.benchmarks import word_states
+
+        return word_states(self, [words])[0].numpy()
 
     def save(self, folder: str | Path) -> None:
         """Write an ordinary checkpoint, with the files of sentence-transformers, for other tools.
@@ -897,8 +907,8 @@ def compile_layers(decoder: Decoder) -> None:
 def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
     """The flags of every command that takes a model."""
     add = command.add_argument
-    add("--model", help="checkpoint folder", **how)
-    add("--adapters", nargs="*", default=[], help="adapter folders to merge first, in order")
+    add("--model", help="checkpoint folder, or a name on the Hugging Face hub", **how)
+    add("--adapters", nargs="*", default=[], help="adapters to merge first, in order: the same")
     add("--template", choices=TEMPLATES, help="what stands around a text, for an instruct model")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the weights")
     add("--device", choices=("cuda", "mps", "cpu"), help="(default: the first that is there)")
@@ -925,18 +935,31 @@ def main() -> None:
     add("--input", required=True, help="a text a line, or .jsonl with `text`; - is standard input")
     add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
     similar = commands.add_parser("similar", help="print the cosines between a few sentences")
-    similar.add_argument("texts", nargs="+", help="sentences, each in quotation marks")
+    similar.add_argument("texts", nargs="*", help="sentences, each in quotation marks")
     for command in (encode, similar):
         add_model_flags(command, required=True)
-        command.add_argument("--instruction", help="read in front of each text, not averaged")
+        add = command.add_argument
+        add("--instruction", help="read in front of each text, not averaged")
+        add("--separator", help="between the two (default: as the folder says, else a line break)")
+        add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
+        add("--max-length", type=int, metavar="N", help="tokens that are read of a text, at most")
+    encode.add_argument("--normalize", action="store_true", help="vectors of length 1")
     args = parser.parse_args()
-    model = load(args)
+    if args.command == "similar" and not args.texts:  # --adapters has taken them
+        from data.checkpoints import known
+
+        n = next((i for i, name in enumerate(args.adapters) if i and not known(name)), None)
+        if n is None:
+            similar.error("no sentences: give two or more, each in quotation marks")
+        args.adapters, args.texts = args.adapters[:n], args.adapters[n:]
+    how = {"pooling": args.pooling, "max_length": args.max_length, "separator": args.separator}
+    model = load(args, **how)
     if args.command == "encode":
         from data.files import encode_file
 
-        encode_file(model, args.input, args.output, args.instruction)
+        encode_file(model, args.input, args.output, args.instruction, args.normalize)
         return
-    vectors = F.normalize(torch.from_numpy(model.encode(args.texts, args.instruction)), dim=-1)
+    vectors = torch.from_numpy(model.encode(args.texts, args.instruction, normalize=True))
     for row, text in zip((vectors @ vectors.T).tolist(), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
 

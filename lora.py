@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from llm2vec import FLOATS, read_json, reading
+from llm2vec import FLOATS, PREFIX, UNUSED, read_json, reading, tell_unused
 
 PARTS = ("lora_A", "lora_B")  # what an adapter is made of, and what is written of it
 
@@ -128,6 +129,7 @@ def merge_lora(model: nn.Module) -> None:
         for part in (*PARTS, "scale", "dropout"):
             delattr(module, part)
         module.__class__ = nn.Linear
+        model.name_or_path = None  # no checkpoint has these weights
 
 
 # --- Files, in PEFT's format -------------------------------------------------------------------
@@ -154,7 +156,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": model.name_or_path,  # None: other adapters are merged in
         "r": ranks[first],
         "lora_alpha": alphas[first],
         "rank_pattern": {n: r for n, r in ranks.items() if r != ranks[first]},
@@ -183,33 +185,45 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
+def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
     """Put an adapter that this project or PEFT saved onto a model, which it freezes.
 
-    Honours rank_pattern, alpha_pattern and use_rslora as peft 0.21 does. Raises FileNotFoundError,
-    or ValueError naming the file and what can't be honoured or does not fit; the model is then as
-    it was before.
+    Honours rank_pattern, alpha_pattern and use_rslora as peft 0.21 does. What it has for the heads
+    of a model is left out, and standard error says so. Raises FileNotFoundError, or ValueError
+    naming the file and what can't be honoured or does not fit; the model is then as it was before.
     """
+    from data.checkpoints import find_adapter  # a folder, or a name on the hub
+
     if adapted(model):
         raise ValueError("the model has adapters already: merge_lora first")
-    file = Path(folder) / "adapter_model.safetensors"
-    config = read_adapter_config(Path(folder) / "adapter_config.json")
-    modules = {f"{p}{n}": m for n, m in model.named_modules() for p in ("", "model.")}
+    folder = find_adapter(path_or_name)
+    file = folder / "adapter_model.safetensors"
+    config = read_adapter_config(folder / "adapter_config.json")
+    modules, unused = dict(model.named_modules()), []
     pairs: dict[str, dict[str, Tensor]] = {}
+    called = {}  # names with what wrappers put in front, which patterns may hold
     with reading(file):
         for key, weight in load_file(file).items():
-            name, _, part = key.removesuffix(".weight").rpartition(".")
-            pairs.setdefault(name.removeprefix("base_model.model."), {})[part] = weight
+            full, _, part = key.replace(".default.", ".").removesuffix(".weight").rpartition(".")
+            name = PREFIX.sub("", full)
+            if name.startswith("lm_head") or UNUSED.match(PREFIX.sub("", key)):
+                unused.append(key)
+            elif name.startswith("embed_tokens"):
+                what = "changes the embeddings, which have no adapter here"
+                raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
+            elif called.setdefault(name, full) != full:
+                raise ValueError(f"{name} is there twice, as {called[name]} and {full}")
+            else:
+                pairs.setdefault(name, {})[part] = weight
         if not pairs:
-            raise ValueError("holds no adapter")
+            raise ValueError("holds no adapter of the layers")
         for name, pair in pairs.items():
-            module, rank = modules.get(name), matched(config, "rank_pattern", name, config["r"])
+            module = modules.get(name)
+            rank = matched(config, "rank_pattern", called[name], config["r"])
             if set(pair) != set(PARTS):
                 raise ValueError(f"{name} has {', '.join(sorted(pair))}, not lora_A and lora_B")
             if not isinstance(module, nn.Linear):
                 raise ValueError(f"{name} is not the name of a projection in this model")
-            if f"model.{name}" in pairs:
-                raise ValueError(f"{name} is there twice, once as model.{name}")
             fits = {"lora_A": [rank, module.in_features], "lora_B": [module.out_features, rank]}
             for part, weight in pair.items():
                 if list(weight.shape) != fits[part]:
@@ -222,17 +236,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     model.requires_grad_(False)
     for name, pair in pairs.items():
         module, rank = modules[name], pair["lora_A"].shape[0]
-        alpha = matched(config, "alpha_pattern", name, config["lora_alpha"])
+        alpha = matched(config, "alpha_pattern", called[name], config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         adapt(module, rank, scale, config.get("lora_dropout", 0.0))
         for part in PARTS:
             getattr(module, part).weight.copy_(pair[part])
         module.train(model.training)
+    tell_unused(file, unused)
+    if (folder / "settings.json").exists() and not (folder / "finished").exists():
+        print(f"{folder}: of a run that is not finished", file=sys.stderr)
 
 
 # What PEFT has and this file has not: it would change the numbers, so it is refused by name.
 UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "lora_bias")
-UNSUPPORTED += ("modules_to_save", "fan_in_fan_out", "layer_replication")
+UNSUPPORTED += ("fan_in_fan_out", "layer_replication", "trainable_token_indices")
 STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights: change the base
 
 
@@ -245,6 +262,9 @@ def read_adapter_config(file: Path) -> dict:
         for key in UNSUPPORTED:
             if config.get(key):
                 raise ValueError(f"{key} is {config[key]!r}, which is not supported")
+        saved = config.get("modules_to_save") or []
+        if not all(name == "lm_head" or UNUSED.match(f"{name}.") for name in saved):
+            raise ValueError(f"modules_to_save is {saved}, of which only heads can be left out")
         for key, value, refused in (
             ("init_lora_weights", str(config.get("init_lora_weights")).lower(), STARTS),
             ("bias", config.get("bias", "none"), ("all", "lora_only")),

@@ -1,11 +1,12 @@
 """Text to train on: reading it, splitting it, and cutting it into sentences and blocks."""
 
+import gzip
 import hashlib
 import json
 import re
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,28 +20,50 @@ WIKIPEDIA = Path(__file__).parent / "wikipedia.jsonl"
 def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
     """The documents of a file: JSON lines with a `text` field (.jsonl), else one a line.
 
-    Blank documents are left out. A line that is not UTF-8, or has no text, is a ValueError that
-    names file and line; with errors="skip" it is left out, and standard error says how many were.
-    Raises FileNotFoundError, and ValueError for a corpus without a single document.
+    A folder gives those of the .txt and .jsonl files in it; each may be compressed (.gz). Blank
+    documents are left out. A line that is not UTF-8, or has no text, is a ValueError that names
+    file and line; with errors="skip" it is left out, and standard error says how many were. Raises
+    FileNotFoundError, and ValueError for a corpus without a single document.
     """
-    path = Path(path)
-    documents, bad = [], []
-    with reading(path), path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    path, documents = Path(path), []
+    files = [path]
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if kind_of(f) in (".txt", ".jsonl"))
+    for file in files:
+        bad = []
+        for number, line in enumerate(lines_of(file), start=1):
             try:
-                with reading(f"line {number}"):
-                    documents.append(document_of(line, path.suffix == ".jsonl"))
+                with reading(f"{file}: line {number}"):
+                    documents.append(document_of(line, kind_of(file) == ".jsonl"))
             except ValueError:
                 if errors != "skip":
                     raise
                 bad.append(number)
+        if bad:
+            what = f"skipped {len(bad)} lines, the first of them line {bad[0]}"
+            print(f"{file}: {what}", file=sys.stderr)
     documents = [document for document in documents if document]
-    if bad:
-        what = f"skipped {len(bad)} lines, the first of them line {bad[0]}"
-        print(f"{path}: {what}", file=sys.stderr)
     if not documents:
-        raise ValueError(f"{path}: an empty corpus, there is no text in it")
+        what = "no text in its .txt and .jsonl files" if path.is_dir() else "there is no text in it"
+        raise ValueError(f"{path}: an empty corpus, {what}")
     return documents
+
+
+def kind_of(file: str | Path) -> str:
+    """The suffix of a file, before .gz."""
+    return Path(str(file).removesuffix(".gz")).suffix
+
+
+def lines_of(file: str | Path) -> Iterator[bytes]:
+    """The lines of a file; of a .gz file, of what it holds. `-` is standard input.
+
+    What goes wrong while it is read is a ValueError that names the file, UTF-16 for one.
+    """
+    opener = gzip.open if str(file).endswith(".gz") else open
+    with reading(file), sys.stdin.buffer if str(file) == "-" else opener(file, "rb") as lines:
+        if lines.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("is UTF-16, as PowerShell and Notepad write it: save it as UTF-8")
+        yield from lines
 
 
 def document_of(line: bytes, is_json: bool) -> str:
@@ -68,28 +91,42 @@ def split_documents(documents: Sequence[str], one_in: int = 50) -> tuple[list[st
     return sides
 
 
-# A sentence ends at . ! or ? (and closing quotes or brackets) before a space and a capital, digit
-# or opening mark; but not after an initial, a known abbreviation, or a group like U.S.
-_END = re.compile(r"""(?<=[.!?])["'”’)\]]*\s+(?=["'“‘(\[]?[A-Z0-9À-Þ])""")
+# What ends a sentence: Unicode's property Sentence_Terminal, the ellipsis, Tibet's shad. Of these,
+# . ! ? and their like need white space behind them, and then a letter that may begin a sentence, a
+# digit or an opening mark; those of other scripts need nothing. A closing mark may come between.
+_SPACED = ".!?…‼‽⁇⁈⁉։"
+_ALONE = "。！？．｡؟۔؞।॥།༎။၊።፧፨។៕᠃᠉᙮᱾᱿꓿꘎꘏꛳꛷꡶꡷꣎꣏܀܁܂߹᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼⸮"
+_CLOSING = r"""["'”’“»«›‹)\]」』】》〉）］｣]*"""
+_OPENING = "\"'“‘„‚«»‹›([¿¡「『【《〈（［"
+_GREEK = "(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]"  # its question mark
+_END = re.compile(rf"[{_ALONE}]+{_CLOSING}\s*|(?:[{_SPACED}]|{_GREEK})+{_CLOSING}\s+")
+# But no sentence ends after an initial, a known abbreviation, or a group like U.S.
 _NO_END = re.compile(
-    r"(?:^|[\s(\[\"'“‘])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|Gen|Col|Lt|Capt|"
-    r"Rev|Hon|Gov|Sen|Rep|vs|cf|ca|approx|No|Vol|Fig|pp?|ed|eds|etc|Inc|Ltd|Co|Corp|lit|b|d|r|c|fl)\.$"
+    r"(?:^|[\s(\[\"'“‘„«])(?:[A-Za-zÀ-ԯ]|(?:[A-Za-zÀ-ԯ]\.)+[A-Za-zÀ-ԯ]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|Gen|Col|Lt|Capt|"
+    r"Rev|Hon|Gov|Sen|Rep|vs|cf|ca|approx|No|Vol|Fig|pp?|ed|eds|etc|Inc|Ltd|Co|Corp|lit|fl|"
+    r"bzw|Nr|Hr|Fr|Bd|usw|Mme|Mlle|Sra?|Ud|им|ул|гг?|тыс|млн|руб|см|др)\.$"
 )
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of an English text, in order. Line ends always end a sentence."""
+    """The sentences of a text in any language, in order. Line ends always end a sentence."""
     found = []
     for line in text.splitlines():
         start = 0
         for end in _END.finditer(line):
-            head = line[start : end.end()].strip()
-            if head and not _NO_END.search(head):
+            head, rest = line[start : end.end()].strip(), line[end.end() :].lstrip(_OPENING)
+            begins = end[0][0] in _ALONE or rest[:1].isalnum() and not is_small(rest[0])
+            if head and begins and not _NO_END.search(head):
                 found.append(head)
                 start = end.end()
         if line[start:].strip():
             found.append(line[start:].strip())
     return found
+
+
+def is_small(letter: str) -> bool:
+    """Whether a sentence can't begin with this letter; Georgian's small ones begin them."""
+    return letter.islower() and not "ა" <= letter <= "ჿ"
 
 
 def cut_into_blocks(rows: Iterable[Sequence[int]], length: int, limit: int | None = None) -> Tensor:

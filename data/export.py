@@ -1,8 +1,12 @@
-"""An encoder as an ordinary checkpoint folder, for transformers, sentence-transformers and vLLM."""
+"""An encoder as an ordinary checkpoint folder, for transformers, sentence-transformers and vLLM.
+
+`save_encoder` writes one; `described` reads how one is to be used, whoever wrote it.
+"""
 
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +15,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from llm2vec import FLOATS, POOLING, LLM2Vec
+from llm2vec import FLOATS, POOLING, LLM2Vec, read_json, reading
 
 SHARD = 5 * 10**9  # bytes of weights in one file, at most, as on the Hugging Face hub
 NOTHING = "\u2063"  # a character that an exported tokenizer drops
+SENTENCE_BERT, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
 
 
 def save_encoder(model: LLM2Vec, folder: Path) -> None:
@@ -46,31 +51,80 @@ def save_encoder(model: LLM2Vec, folder: Path) -> None:
         for name, content in files.items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(json.dumps(content, indent=2) + "\n")
+    model.decoder.name_or_path = str(folder.resolve())
+
+
+def described(folder: Path) -> dict[str, object]:
+    """How a folder is to be pooled, cut and attended: the arguments of LLM2Vec, and `is_causal`.
+
+    config.json says so under `llm2vec`, where `save_encoder` writes it. The files of
+    sentence-transformers go before that; a folder that has them is causal unless config.json says
+    otherwise. A folder that says nothing becomes an encoder as in the paper. Raises ValueError for
+    a module of sentence-transformers that would change the vectors.
+    """
+    config, modules = read_json(folder / "config.json"), folder / "modules.json"
+    said = {"pooling": "mean", "max_length": 512, "separator": "\n", "include_prompt": False}
+    said |= config.get("llm2vec") or {}
+    said["is_causal"] = config.get("is_causal", modules.exists())
+    if not modules.exists():
+        return said
+    with reading(modules):
+        for module in json.loads(modules.read_text()):
+            kind = module["type"].rpartition(".")[2]
+            if kind not in ("Transformer", "WordWeights", "Pooling", "Normalize"):
+                what = "without modules.json, this is a checkpoint like any other"
+                raise ValueError(f"has a module {kind}, which is not supported; {what}")
+            if kind == "Pooling":
+                pooling = read_json(folder / module["path"] / "config.json")
+                said["include_prompt"] = pooling.get("include_prompt", True)
+                modes = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v]
+                names = {shortened(st): name for name, (_, st) in POOLING.items() if st}
+                mode = "+".join(map(shortened, modes)) or pooling["pooling_mode"]
+                said["pooling"] = names.get(mode, mode)  # LLM2Vec refuses one that it doesn't know
+    lengths = [config.get("max_position_embeddings")]
+    for name, key in ((SENTENCE_BERT, "max_seq_length"), (TOKENIZER, "model_max_length")):
+        lengths.append(read_json(folder / name).get(key) if (folder / name).exists() else None)
+    said["max_length"] = lengths[1] or min(int(n) for n in (*lengths, 1e30) if n)
+    return said
+
+
+def shortened(mode: str) -> str:
+    """A mode of sentence-transformers' pooling by its short name, in use since version 6."""
+    return re.sub("^pooling_mode_|_tokens?$", "", mode)
 
 
 def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
     """Every JSON file of a checkpoint folder, by name.
 
     sentence-transformers averages all tokens, BOS included, but for those of a prompt. So where
-    the tokenizer puts BOS in front, the default prompt is a character that the tokenizer drops:
-    what is left of the prompt is BOS, which then is read and not averaged, as here. It allows for
-    one token behind a prompt. Its files are left out for a template that closes with more, and for
-    a pooling that it does not know.
+    the tokenizer puts BOS in front, its state gets the weight 0, by a module WordWeights. (With a
+    prompt the mean is then too short, by the prompt's share of the tokens: cosines are not.) What a
+    template puts in front may also stand in a text, and other poolings have no such weights: there,
+    every prompt starts with a character that the tokenizer drops, so that BOS is of the prompt.
+    sentence-transformers allows for one token behind a prompt. Its files are left out for a
+    template that closes with more, and for a pooling that it does not know.
     """
     config, tokenizer = model.decoder.config, json.loads(model.tokenizer.to_str())
     alone = model.tokenizer.encode("a")
     own = alone.special_tokens_mask.index(0)
     special = [i for i, s in zip(alone.ids, alone.special_tokens_mask, strict=True) if s]
     in_front, behind = special[:own], special[own:]
-    if in_front:
-        pre, normalizer = tokenizer["pre_tokenizer"] or {}, tokenizer["normalizer"]
-        if pre.get("prepend_scheme") == "first":  # with a prompt, it would not be first
-            pre["prepend_scheme"] = "always"
-        if NOTHING not in json.dumps(normalizer, ensure_ascii=False):
-            drop = {"type": "Replace", "pattern": {"String": NOTHING}, "content": ""}
-            steps = [drop, normalizer] if normalizer else [drop]
-            tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
-    added = [token["id"] for token in tokenizer["added_tokens"]]
+    left_out = [] if model.include_prompt else in_front
+    never_in_text = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
+    weightless = left_out if model.pooling == "mean" and never_in_text.issuperset(in_front) else []
+    lead = NOTHING if left_out and not weightless else ""
+    # The space behind an instruction is one token with the text's first, and none without it.
+    prompts = {"query": "", "document": ""} | model.prompts
+    prompts = {name: lead + re.sub(" $", f" {NOTHING}", prompt) for name, prompt in prompts.items()}
+    pre, normalizer = tokenizer["pre_tokenizer"] or {}, tokenizer["normalizer"]
+    if lead and pre.get("prepend_scheme") == "first":  # with a prompt, it would not be first
+        pre["prepend_scheme"] = "always"
+    if any(prompts.values()) and NOTHING not in json.dumps(normalizer, ensure_ascii=False):
+        patterns = {"Regex": f" {NOTHING}$"}, {"String": NOTHING}
+        steps = [{"type": "Replace", "pattern": p, "content": ""} for p in patterns]
+        steps += [normalizer] if normalizer else []
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    added = [t["id"] for t in tokenizer["added_tokens"] if t["id"] < config.vocab_size]
     pad = next(i for i in (*added, *range(len(in_front) + 1)) if i not in in_front)
     kind = "ForCausalLM" if model.decoder.can_predict else "Model"
     family = {"smollm3": "SmolLM3"}.get(config.model_type, config.model_type.capitalize())
@@ -85,29 +139,39 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
     }
     if len(behind) == 1:
         tokens["eos_token"] = model.tokenizer.id_to_token(behind[0])
+    how = {name: getattr(model, name) for name in ("pooling", "max_length", "separator")}
+    about["llm2vec"] = how | {"include_prompt": model.include_prompt}
+    if config.model_type != "mistral":
+        about["use_sliding_window"] = config.sliding_window is not None
     fields = vars(config) | about
     if config.layer_types is None:  # the very key makes a Ministral of a Mistral, in transformers
         del fields["layer_types"]
     files = {"config.json": fields, "tokenizer.json": tokenizer}
-    files["tokenizer_config.json"] = tokens
+    files[TOKENIZER] = tokens
     _, pooling = POOLING[model.pooling]
     if len(behind) > 1 or pooling is None:
         return files
-    module = "sentence_transformers.models."
+    modules = {"Transformer": "", "WordWeights": "1_WordWeights", "Pooling": "1_Pooling"}
+    if weightless:  # a character for each id
+        vocab = "".join("0" if i in weightless else "1" for i in range(config.vocab_size))
+        weights = {"vocab": vocab, "word_weights": {"0": 0.0}, "unknown_word_weight": 1.0}
+        files["1_WordWeights/config.json"] = weights
+    else:
+        del modules["WordWeights"]
     return files | {
         "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": module + "Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": module + "Pooling"},
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for i, (name, path) in enumerate(modules.items())
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": config.hidden_size,
             **{f"pooling_mode_{name}": name == pooling for _, name in POOLING.values() if name},
-            "include_prompt": False,
+            "include_prompt": model.include_prompt,
         },
-        "sentence_bert_config.json": {"max_seq_length": model.max_length, "do_lower_case": False},
+        SENTENCE_BERT: {"max_seq_length": model.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {
-            "prompts": {"default": NOTHING} if in_front else {},
-            "default_prompt_name": "default" if in_front else None,
+            "prompts": prompts | ({"default": lead} if lead else {}),
+            "default_prompt_name": "default" if lead else None,
             "similarity_fn_name": "cosine",
         },
     }

@@ -12,6 +12,7 @@ known. Torch is needed for that of PyPI alone.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shutil
@@ -19,9 +20,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 
 MODELS = Path(__file__).parent / "models"
@@ -48,22 +51,33 @@ STS = {
 }
 
 
+@contextlib.contextmanager
+def on_the_hub(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong with the hub into one ValueError that says what to do."""
+    try:
+        yield
+    except Exception as error:  # many are those of huggingface_hub's HTTP library
+        advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        if isinstance(error, GatedRepoError):
+            advice = "accept its terms on its page there, then `hf auth login`"
+        elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+            advice = "check the name; for a private repository, `hf auth login`"
+        reason = " ".join(str(error.__cause__ or error).split())
+        what = f"{what} can't be downloaded from the Hugging Face hub"
+        raise ValueError(f"{what}; {advice} ({reason})") from None
+
+
 def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> Path:
     """The file `name` of a repository on the hub, in huggingface_hub's cache.
 
     `where` is its `revision` or `repo_type`. Raises ValueError if the hub does not give the file,
     or gives one with another SHA-256.
     """
-    try:
+    with on_the_hub(f"{repo}/{name}"):
         if not isinstance(try_to_load_from_cache(repo, name, **where), str):
             # Is the hub there at all? hf_hub_download alone would try again for half a minute.
             get_session().head(hf_hub_url(repo, name, **where), timeout=5)
         file = Path(hf_hub_download(repo, name, **where))
-    except Exception as error:  # many are those of huggingface_hub's HTTP library
-        reason = " ".join(str(error.__cause__ or error).split())
-        what = f"can't be downloaded from the Hugging Face hub ({reason})"
-        advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-        raise ValueError(f"{repo}/{name}: {what}; {advice}") from None
     check_sha256(file, f"{repo}/{name}", sha256)
     return file
 

@@ -12,20 +12,30 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data.corpus import kind_of, lines_of
 from llm2vec import LLM2Vec, reading
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | None = None) -> int:
+def encode_file(
+    model: LLM2Vec,
+    source: str,
+    target: str,
+    instruction: str | None = None,
+    normalize: bool = False,
+) -> int:
     """Write the vectors of a file's texts; returns their number. Memory is that of 4,096 texts.
+
+    Standard error says how many texts are longer than the model's max_length, and are cut.
 
     Under torchrun each process encodes one contiguous part of the lines and writes it by itself:
     `vectors.npy` becomes `vectors-00000-of-00004.npy` and so on, which stand in the order of the
     lines. A file appears under its name once it is complete.
 
     Args:
-        source: a text a line, or JSON lines with a `text` field (.jsonl); `-` is standard input.
+        source: a text a line, or JSON lines with a `text` field (.jsonl), perhaps compressed (.gz);
+            `-` is standard input.
         target: NumPy's format, float32 (N, d); or JSON lines (.jsonl, or `-` for standard output),
             which repeat the fields of the input and add `vector`.
     """
@@ -36,7 +46,7 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
         name = f"{path.stem}-{RANK:05d}-of-{WORLD_SIZE:05d}{path.suffix}"
         target = str(path.with_name(name))
     as_json = target == "-" or target.endswith(".jsonl")
-    part, done, start = Path(f"{target}.part"), 0, time.monotonic()
+    part, done, cut, start = Path(f"{target}.part"), 0, 0, time.monotonic()
 
     def write_header(out: BinaryIO) -> None:  # numpy leaves room in it for a larger N
         shape = (done, model.decoder.config.hidden_size)
@@ -52,7 +62,9 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
             write_header(out)
         records = read_records(source)
         while chunk := list(itertools.islice(records, 4096)):
-            vectors = model.encode([record["text"] for record in chunk], instruction)
+            texts = [record["text"] for record in chunk]
+            vectors = model.encode(texts, instruction, normalize=normalize)
+            cut += count_cut(model, texts, instruction)
             if as_json:
                 for record, vector in zip(chunk, vectors, strict=True):
                     record["vector"] = [round(float(x), 6) for x in vector]
@@ -66,6 +78,8 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
                 print(f"\r{done} texts, {pace:.0f} a second", end="", file=sys.stderr, flush=True)
         if RANK == 0:
             print(file=sys.stderr)
+        if cut:
+            print(f"{cut} of {done} texts {cut_at(model)}", file=sys.stderr)
         if target != "-":
             if not as_json:
                 out.seek(0)
@@ -76,25 +90,30 @@ def encode_file(model: LLM2Vec, source: str, target: str, instruction: str | Non
     return done
 
 
+def count_cut(model: LLM2Vec, texts: list[str], instruction: str | None = None) -> int:
+    """How many texts have more tokens than the model reads of one."""
+    rows = model.rows(texts, instruction, max_length=2**31)
+    return sum(len(ids) > model.max_length for ids, _ in rows)
+
+
+def cut_at(model: LLM2Vec) -> str:
+    return f"are longer than {model.max_length} tokens, and cut there; --max-length raises it"
+
+
 def read_records(source: str) -> Iterator[dict]:
     """The lines of a file, those of this process, as {"text": ...} and whatever else they hold."""
-    with contextlib.ExitStack() as stack:
-        lines, first, last = sys.stdin.buffer, 0, None
-        if source != "-":
-            with reading(source):
-                lines = stack.enter_context(open(source, "rb"))
-        if WORLD_SIZE > 1:
-            n = sum(1 for _ in lines)
-            lines.seek(0)
-            first, last = n * RANK // WORLD_SIZE, n * (RANK + 1) // WORLD_SIZE
-        for number, line in itertools.islice(enumerate(lines, start=1), first, last):
-            yield read_record(line, source, number)
+    first, last = 0, None
+    if WORLD_SIZE > 1:
+        n = sum(1 for _ in lines_of(source))
+        first, last = n * RANK // WORLD_SIZE, n * (RANK + 1) // WORLD_SIZE
+    for number, line in itertools.islice(enumerate(lines_of(source), start=1), first, last):
+        yield read_record(line, source, number)
 
 
 def read_record(line: bytes, source: str, number: int) -> dict:
     with reading(f"{source}, line {number}"):
         text = line.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
-        record = json.loads(text) if source.endswith(".jsonl") else {"text": text}
+        record = json.loads(text) if kind_of(source) == ".jsonl" else {"text": text}
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError("expected a JSON object with a string `text`")
         record["text"].encode()  # half a surrogate pair is no text
