@@ -476,6 +476,13 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
     return tokenizer
 
 
+def lead_of(instruction: str | None, separator: str = "\n") -> str:
+    """What an instruction puts in front of a text: itself and the separator."""
+    # More than one line break or space would be cut differently in front of a text than alone.
+    lead = ((instruction or "").rstrip() if separator else instruction) or ""
+    return lead + separator if lead else ""
+
+
 def tokenize(
     tokenizer: Tokenizer,
     texts: Sequence[str],
@@ -501,9 +508,7 @@ def tokenize(
             raise ValueError(f"text {i} is {type(text).__name__}, expected a string: {text!r:.60}")
         if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}")
-    # More than one line break or space would be cut differently in front of a text than alone.
-    lead = ((instruction or "").rstrip() if separator else instruction) or ""
-    lead += separator if lead else ""
+    lead = lead_of(instruction, separator)
     special = tokenizer.encode(lead.rstrip(" ")).special_tokens_mask  # a space goes with the text
     before = max((i + 1 for i, s in enumerate(special) if not s), default=0)
     if max_length <= tokenizer.num_special_tokens_to_add(False):
@@ -695,9 +700,6 @@ def contrastive_loss(
 class LLM2Vec:
     """A decoder, its tokenizer and a pooling rule: texts in, vectors out."""
 
-    # What an exported folder gives as the prompts of sentence-transformers: {"query": ...}.
-    prompts: dict[str, str] = {}
-
     def __init__(
         self,
         decoder: Decoder,
@@ -711,6 +713,7 @@ class LLM2Vec:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.pooling, self.max_length = pooling, max_length
         self.separator, self.include_prompt = separator, include_prompt
+        self.prompts: dict[str, str] = {}  # sentence-transformers' in an exported folder, by name
         if pooling not in POOLING:
             raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
         # A token behind the embedding (<pad>, often) is made special: a text can't produce it then.

@@ -39,17 +39,35 @@ import llm2vec
 import lora
 from data import benchmarks
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
+from data.export import checkpoint_files
 from data.pairs import PAIRS, read_pairs
-from llm2vec import Decoder, LLM2Vec, contrastive_loss, mask_tokens, mntp_loss, tokenize
+from llm2vec import Decoder, LLM2Vec, contrastive_loss, lead_of, mask_tokens, mntp_loss
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 
 # --- Settings ----------------------------------------------------------------------------------
 
 
-def setting(about: str, default: object, encoder: bool | None = None) -> object:
-    """A field and the help of its flag; `encoder`: only of stages that (don't) write an encoder."""
-    return field(default=default, metadata={"help": about, "encoder": encoder})
+def setting(
+    about: str,
+    default: object,
+    of: Callable[["Stage"], bool] = lambda stage: True,
+    choices: Iterable[str] | None = None,
+) -> object:
+    """A field; of its flag, the help, the stages that have it, and the values to choose from."""
+    return field(default=default, metadata={"help": about, "of": of, "choices": choices})
+
+
+def is_masked(stage: "Stage") -> bool:
+    return not stage.encoder
+
+
+def is_contrastive(stage: "Stage") -> bool:
+    return stage.encoder
+
+
+def has_sentences(stage: "Stage") -> bool:
+    return stage.encoder and not stage.pairs
 
 
 @dataclass
@@ -62,16 +80,25 @@ class Settings:
     epochs: int | None = setting("times through the corpus, instead of --steps", None)
     lr: float = setting("learning rate at its peak", 5e-5)
     warm_up: int = setting("steps of linear warm-up before the linear decay to zero", 0)
+    decay_epochs: float | None = setting(
+        "times through the data by which the rate is zero, if more than --steps", None
+    )
     rank: int = setting("rank of the adapters", 16)
     alpha: float | None = setting("over rank, it scales the adapters; default: twice rank", None)
     dropout: float = setting("dropout on the input of the adapters", 0.05)
     attention_dropout: float = setting("dropout on the attention weights", 0.0)
     mask_rate: float | None = setting(
-        "share hidden; default: 0.8 for mistral, else 0.2", None, False
+        "share hidden; default: 0.8 for mistral, else 0.2", None, is_masked
     )
-    mask_token: str = setting("the plain token that hides others", "_", False)
-    scale: float = setting("inverse temperature of the loss", 20.0, True)
-    pooling: str = setting("how states become a vector", "mean", True)
+    mask_token: str = setting("the plain token that hides others", "_", is_masked)
+    scale: float = setting("inverse temperature of the loss", 20.0, is_contrastive)
+    pooling: str = setting("how states become a vector", "mean", is_contrastive, llm2vec.POOLING)
+    split: str = setting(
+        "what is a text to learn from", "sentence", has_sentences, ("sentence", "line")
+    )
+    dev: str | None = setting(
+        "STS file to score every --save-every steps: the best step is kept", None, is_contrastive
+    )
     max_tokens: int = setting("tokens in one forward pass; lower it to save memory", 8192)
     recompute: int = setting("layers computed twice to save memory; a GPU raises it itself", 0)
     save_every: int = setting("steps between two saved states", 50)
@@ -134,23 +161,33 @@ def fit(
     torch.manual_seed(settings.seed)
     parameters = trained.start(decoder, settings)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+
+    def write() -> None:
+        trained.write(decoder, folder)
+
     with training(decoder, settings):
         for step in range(run.restore(parameters, optimizer), settings.steps):
             loss, tokens = within_memory(decoder, settings, step, backward, batches[step])
             loss = sum_over_processes(parameters, loss)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(loss + norm):
-                run.save(step, parameters, optimizer)
+                run.save(step, parameters, optimizer, write)
                 what = f"step {step + 1}: the loss is {loss} and the norm of the gradient {norm}"
                 raise ValueError(f"{what}; the state before it is in {folder}")
+            rate = learning_rate(step, settings, len(batches.slots))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-            run.log(step + 1, loss, learning_rate(step, settings), tokens)
-            if (step + 1) % settings.save_every == 0:
-                run.save(step + 1, parameters, optimizer)
-    run.finish(lambda: trained.write(decoder, folder))
+            save = (step + 1) % settings.save_every == 0
+            scored = settings.dev and (save or step + 1 == settings.steps)
+            dev = run.keep_best(parameters, model, settings.dev) if scored else None
+            run.log(step + 1, loss, rate, tokens, dev)
+            if save:
+                run.save(step + 1, parameters, optimizer, write)
+    if settings.dev:
+        run.take_best(parameters)
+    run.finish(write)
     trained.settle(decoder)
 
 
@@ -198,10 +235,14 @@ def within_memory(
     return loss, tokens
 
 
-def learning_rate(step: int, settings: Settings) -> float:
-    """Linear from 0 to `lr` in warm_up steps, then linear to 0 at the end; step counts from 0."""
+def learning_rate(step: int, settings: Settings, epoch: int = 0) -> float:
+    """Linear from 0 to `lr` in warm_up steps, then linear to 0; step counts from 0.
+
+    It is 0 at the end of the run, or behind decay_epochs epochs of so many steps, if that is later.
+    """
+    end = max(settings.steps, round((settings.decay_epochs or 0) * epoch))
     rise = (step + 1) / max(1, settings.warm_up)
-    fall = (settings.steps - step) / max(1, settings.steps - settings.warm_up)
+    fall = (end - step) / max(1, end - settings.warm_up)
     return settings.lr * min(rise, fall)
 
 
@@ -292,16 +333,25 @@ def train_simcse(
     Equal sentences of the corpus count as one, so that no batch holds a sentence as its own
     negative.
     """
-    texts = list(dict.fromkeys(s for document in documents for s in sentences(document)))
+    split = str.splitlines if settings.split == "line" else sentences
+    texts = dict.fromkeys(text.strip() for document in documents for text in split(document))
+    texts = [text for text in texts if text]
     if len(texts) < 2:
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
     as_trained(model, settings)
+    rows = model.rows(texts[:: math.ceil(len(texts) / 10_000)], max_length=2**31)
+    lengths = sorted(len(ids) for ids, _ in rows)  # of ten thousand, at most
+    cut = sum(n > settings.length for n in lengths) / len(lengths)
+    say(
+        f"{len(texts)} texts, of {lengths[len(lengths) // 2]} tokens in the median and at most "
+        f"{lengths[-1]}; {cut:.1%} are cut at --length {settings.length}"
+    )
 
     def loss_of(vectors: Tensor) -> Tensor:
         return contrastive_loss(*vectors.chunk(2), scale=settings.scale)
 
     def backward(batch: list[str]) -> tuple[float, int]:
-        rows = tokenize(model.tokenizer, batch, settings.length)
+        rows = model.rows(batch, max_length=settings.length)
         return contrast(model, rows + rows, loss_of, settings.max_tokens)  # two dropout views
 
     fit(model, [texts], backward, settings, folder)
@@ -310,6 +360,8 @@ def train_simcse(
 def as_trained(model: LLM2Vec, settings: Settings) -> None:
     """Pool as the settings say, and read at least as many tokens of a text as training does."""
     model.pooling, model.max_length = settings.pooling, max(model.max_length, settings.length)
+    if settings.dev:
+        benchmarks.read_sts(settings.dev)  # complain of it before training
 
 
 def contrast(
@@ -376,13 +428,16 @@ def train_supervised(
     has the text of the query's own positive: questions may share an answer.
     """
     as_trained(model, settings)
+    for name, key in (("query", "instruction"), ("document", "answer_instruction")):
+        said = {pair[key] for pairs in datasets for pair in pairs}
+        if len(said) == 1:
+            model.prompts[name] = lead_of(said.pop(), model.separator)
 
     def backward(pairs: list[dict]) -> tuple[float, int]:
-        rows = []
-        for p in pairs:
-            rows += tokenize(model.tokenizer, [p["query"]], settings.length, p["instruction"])
-        answers = [p["positive"] for p in pairs] + [n for p in pairs for n in p["negatives"]]
-        rows += tokenize(model.tokenizer, answers, settings.length)
+        answers = [(p["positive"], p["answer_instruction"]) for p in pairs]
+        answers += [(n, p["answer_instruction"]) for p in pairs for n in p["negatives"]]
+        texts = [(p["query"], p["instruction"]) for p in pairs] + answers
+        rows = [model.rows([text], lead, settings.length)[0] for text, lead in texts]
         copies = [[a == b for b in answers] for a in answers[: len(pairs)]]
         copies = torch.tensor(copies, device=model.decoder.device).fill_diagonal_(False)
 
@@ -438,7 +493,9 @@ STAGES = {
         train_supervised,
         "The fourth stage: contrastive learning on pairs; writes the encoder too.",
         {
-            "paper": Settings(length=512, batch=512, lr=2e-4, warm_up=300, scale=50.0),
+            "paper": Settings(
+                length=512, batch=512, lr=2e-4, warm_up=300, decay_epochs=3, scale=50.0
+            ),
             "tiny": Settings(length=64, batch=32, steps=60, lr=2e-3, warm_up=10),
             "laptop": Settings(length=64, batch=32, steps=40, lr=5e-4, warm_up=5, dropout=0.0),
         },
@@ -574,13 +631,18 @@ class Run:
         lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
         once(lambda: lora.write_whole(self.log_file, "".join(lines).encode()))
         self.before = json.loads(lines[-1])["seconds"] if lines else 0.0
+        self.best = max((json.loads(x).get("dev", -math.inf) for x in lines), default=-math.inf)
         self.first, self.start, self.losses, self.tokens = done, time.monotonic(), [], 0
         return done
 
-    def save(self, step: int, parameters: list[nn.Parameter], optimizer) -> None:
-        """Write parameters and Adam's moments after `step` steps; keep this state and the last."""
+    def save(self, step: int, parameters: list, optimizer, write: Callable[[], None]) -> None:
+        """Write parameters and Adam's moments after `step` steps; keep this state and the last.
+
+        What is trained is written too, so that a run can be scored before its end.
+        """
         if RANK > 0:
             return
+        write()
         tensors = {}
         for i, p in enumerate(parameters):
             tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
@@ -589,25 +651,44 @@ class Run:
         for old in self.states()[2:]:
             old.unlink()
 
-    def log(self, step: int, loss: float, lr: float, tokens: int) -> None:
+    def keep_best(self, parameters: list[nn.Parameter], model: LLM2Vec, file: str) -> float:
+        """Score the model on an STS file; keep the weights if no step before scored as high."""
+        score = benchmarks.sts(model, file)[Path(file).stem]
+        model.decoder.train()
+        tensors = {str(i): p.detach() for i, p in enumerate(parameters)}
+        if score > self.best:
+            self.best = score
+            once(lambda: lora.write_whole(self.folder / "best.safetensors", save_bytes(tensors)))
+        return score
+
+    def take_best(self, parameters: list[nn.Parameter]) -> None:
+        """Go back to the weights of the best step."""
+        for i, weight in load_file(self.folder / "best.safetensors").items():
+            parameters[int(i)].data.copy_(weight)
+        say(f"kept the step that scored {self.best:.4f} on the development file")
+
+    def log(self, step: int, loss: float, lr: float, tokens: int, dev: float | None = None) -> None:
         """Loss (mean since the last line), learning rate, pace: a hundred lines, a fifth shown."""
         self.losses.append(loss)
         self.tokens += tokens
         steps, seconds = self.steps, time.monotonic() - self.start
-        if RANK > 0 or step % max(1, steps // 100) and step < steps:
+        if RANK > 0 or step % max(1, steps // 100) and step < steps and dev is None:
             return
         loss, pace = sum(self.losses) / len(self.losses), self.tokens / max(seconds, 1e-9)
         line = {"step": step, "steps": steps, "loss": loss, "lr": lr, "tokens_per_second": pace}
+        line |= {} if dev is None else {"dev": dev}
         with self.log_file.open("a") as file:
             print(json.dumps(line | {"seconds": self.before + seconds}), file=file)
         self.losses = []
-        if step % max(1, steps // 20) == 0 or step == steps:
+        if step % max(1, steps // 20) == 0 or step == steps or dev is not None:
             left = datetime.timedelta(seconds=round(seconds / (step - self.first) * (steps - step)))
             pace = f"lr {lr:.1e}  {pace:,.0f} tokens/s  {left} left"
+            pace += "" if dev is None else f"  dev {dev:.4f}"
             print(f"step {step:4d} of {steps}  loss {loss:.3f}  {pace}", flush=True)
 
     def finish(self, write: Callable[[], None]) -> None:
         once(write)
+        once(lambda: (self.folder / "best.safetensors").unlink(missing_ok=True))
         once((self.folder / "finished").touch)
         once(lambda: [state.unlink() for state in self.states()])
 
@@ -617,6 +698,7 @@ class Run:
 
 def load_for_training(args: argparse.Namespace, **how) -> LLM2Vec:
     """The model that the flags name; in bfloat16 where the hardware has it, a CPU's too."""
+    how = {"is_causal": False} | how
     if args.dtype is None:
         fast = llm2vec.has_bfloat16(torch.device(args.device or llm2vec.default_device()))
         how = {"dtype": torch.bfloat16 if fast else torch.float32} | how
@@ -651,11 +733,12 @@ def run_stage(args: argparse.Namespace) -> None:
         lora.quantize_nf4(model.decoder, args.device or llm2vec.default_device())
     once(lambda: clear(output, args.overwrite))
     stage.run(model, data, settings, output)
+    once(lambda: save_tokenizer(model, output))
     say(f"The adapter is in {output}")
     if stage.encoder and RANK == 0:
         if args.quantize:  # merge into the weights as they were
-            model = load_for_training(args, adapters=[*args.adapters, output], device="cpu")
-            as_trained(model, settings)
+            how = {"adapters": [*args.adapters, output], "device": "cpu"}
+            model.decoder = load_for_training(args, **how).decoder
         save_encoder(model, output / "encoder")
 
 
@@ -680,6 +763,7 @@ def run_everything(args: argparse.Namespace) -> None:
         clear(folder, args.overwrite)
         data = read_pairs([PAIRS]) if STAGES[stage].pairs else documents
         STAGES[stage].run(model, data, settings, folder)
+        save_tokenizer(model, folder)
         score(
             name, model, json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
         )
@@ -699,6 +783,13 @@ def run_everything(args: argparse.Namespace) -> None:
     print(f"\n{benchmarks.table(rows)}")
 
 
+def save_tokenizer(model: LLM2Vec, folder: Path) -> None:
+    """Put the tokenizer beside an adapter: sentence-transformers opens no adapter without one."""
+    files = checkpoint_files(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        lora.write_whole(folder / name, (json.dumps(files[name], indent=2) + "\n").encode())
+
+
 def clear(folder: Path, overwrite: bool) -> None:
     """With --overwrite, remove a run folder, and never any other."""
     if overwrite and (folder / "settings.json").exists():
@@ -716,7 +807,7 @@ def save_encoder(model: LLM2Vec, folder: Path) -> None:
 def add_settings(command: argparse.ArgumentParser, stage: str) -> None:
     """A flag for each field of Settings that the stage has, with the values of the presets."""
     for f in fields(Settings):
-        if f.metadata["encoder"] not in (None, STAGES[stage].encoder):
+        if not f.metadata["of"](STAGES[stage]):
             continue
         values = {p: getattr(s, f.name) for p, s in STAGES[stage].presets.items()}
         if len(set(values.values())) == 1:
@@ -725,7 +816,7 @@ def add_settings(command: argparse.ArgumentParser, stage: str) -> None:
         shown = ", ".join(f"{preset}: {value}" for preset, value in values.items())
         about = f.metadata["help"] + (f" ({shown})" if shown else "")
         kind = next(kind for kind in (int, float, str) if f.type in (kind, kind | None))
-        how = {"choices": llm2vec.POOLING} if f.name == "pooling" else {"metavar": "N"}
+        how = {"choices": f.metadata["choices"], "metavar": None if kind is str else "N"}
         command.add_argument("--" + f.name.replace("_", "-"), type=kind, help=about, **how)
 
 

@@ -58,9 +58,9 @@ def instead_of_weights(folder: Path, there: set[str]) -> str:
     return "no such file: model.safetensors"
 
 
-def converted(kind: str, folder: Path) -> str:
-    """The command by which transformers saves anew what it reads."""
-    read = f"from transformers import Auto{kind} as A; A.from_pretrained('{folder}')"
+def converted(kind: str, folder: Path, library: str = "transformers") -> str:
+    """The command by which a library saves anew what it reads."""
+    read = f"from {library} import Auto{kind} as A; A.from_pretrained('{folder}')"
     return f"python -c \"{read}.save_pretrained('{folder}')\""
 
 
@@ -68,10 +68,9 @@ def find_adapter(path_or_name: str | Path) -> Path:
     """The folder of an adapter; as `find_checkpoint`."""
     folder, there = local(path_or_name, ADAPTER)
     if "adapter_model.bin" in there and ADAPTER[1] not in there:
-        old, new = folder / "adapter_model.bin", folder / ADAPTER[1]
-        read = f"from safetensors.torch import save_file; save_file(torch.load('{old}'), '{new}')"
-        what = "has .bin weights, which are not read, for they can run code; to convert"
-        raise FileNotFoundError(f'{path_or_name}: {what}: python -c "import torch; {read}"')
+        line = converted("PeftModel", folder, "peft")
+        what = f"has .bin weights, which are not read, for they can run code; to convert: {line}"
+        raise FileNotFoundError(f"{path_or_name}: {what}")
     if there.intersection(WEIGHTS) and ADAPTER[0] not in there:
         raise FileNotFoundError(f"{path_or_name}: is a whole checkpoint: give it as the model")
     for name in ADAPTER:

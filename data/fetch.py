@@ -63,8 +63,8 @@ def on_the_hub(what: str) -> Iterator[None]:
         elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
             advice = "check the name; for a private repository, `hf auth login`"
         reason = " ".join(str(error.__cause__ or error).split())
-        what = f"{what} can't be downloaded from the Hugging Face hub"
-        raise ValueError(f"{what}; {advice} ({reason})") from None
+        what = f"{what} can't be downloaded from the Hugging Face hub ({reason})"
+        raise ValueError(f"{what}; {advice}") from None
 
 
 def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> Path:
@@ -73,7 +73,7 @@ def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> P
     `where` is its `revision` or `repo_type`. Raises ValueError if the hub does not give the file,
     or gives one with another SHA-256.
     """
-    with on_the_hub(f"{repo}/{name}"):
+    with on_the_hub(f"{repo}/{name}:"):
         if not isinstance(try_to_load_from_cache(repo, name, **where), str):
             # Is the hub there at all? hf_hub_download alone would try again for half a minute.
             get_session().head(hf_hub_url(repo, name, **where), timeout=5)

@@ -33,17 +33,24 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import torch
 from golden.make import PROJECTIONS, redraw
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MistralConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MistralConfig,
+)
 from transformers.utils.logging import disable_progress_bar
 
 import data.export
 import lora
-from llm2vec import POOLING, Decoder, LLM2Vec, load_tokenizer
+from llm2vec import POOLING, Decoder, LLM2Vec, lead_of, load_tokenizer
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -167,16 +174,26 @@ def sentence_transformers(base: Path, kind: str, tokenizer: Tokenizer, out: Path
             folder = Path(scratch) / "exported"
             model.save(folder)
             theirs = SentenceTransformer(str(folder), device="cpu")
-            again = LLM2Vec.from_pretrained(folder, **options)
+            again = LLM2Vec.from_pretrained(folder)
             files = sorted(folder.rglob("*.json") if pooling == "mean" else folder.glob("*/*.json"))
             exported[pooling] = {
                 file.relative_to(folder).as_posix(): json.loads(file.read_text()) for file in files
             }
         for prompt, name in ((None, "plain"), (INSTRUCTION, "instructed")):
             key = f"{kind}.{pooling}.{name}"
-            vectors[key] = torch.from_numpy(theirs.encode(TEXTS, prompt=prompt))
-            check(f"sentence-transformers, {key}", model.encode(TEXTS, prompt), vectors[key])
-            check("    and loaded again here", again.encode(TEXTS, prompt), vectors[key])
+            # With BOS and a prompt, their mean is too short, and points the same way.
+            how = {"normalize": pooling == "mean" and kind != "bytes" and prompt is not None}
+            vectors[key] = torch.from_numpy(
+                theirs.encode(TEXTS, prompt=prompt, normalize_embeddings=how["normalize"])
+            )
+            check(f"sentence-transformers, {key}", model.encode(TEXTS, prompt, **how), vectors[key])
+            check("    and loaded again here", again.encode(TEXTS, prompt, **how), vectors[key])
+        for encode in (theirs.encode_query, theirs.encode_document):
+            check(f"    {encode.__name__}", model.encode(TEXTS), encode(TEXTS))
+        if pooling in ("mean", "last"):
+            with torch.no_grad():  # as their trainer does
+                forward = theirs(theirs.preprocess(TEXTS))["sentence_embedding"]
+            check("    a forward pass", model.encode(TEXTS), forward)
         # Theirs of the empty text is zero, as it has no token of its own, or else its only token.
         if pooling == "first" and kind != "bytes":
             vectors[f"{kind}.empty"] = torch.from_numpy(theirs.encode([""]))
@@ -184,6 +201,40 @@ def sentence_transformers(base: Path, kind: str, tokenizer: Tokenizer, out: Path
     del exported["mean"]["tokenizer.json"]["model"]
     write_json(out / "exported.json", exported)
     return vectors
+
+
+def prompts(base: Path, kind: str, scratch: Path) -> None:
+    """An instruction that a folder was trained with is its prompt of queries, and points the same way."""
+    build_tokenizer(kind).save(str(base / "tokenizer.json"))
+    for separator in ("\n", " "):
+        model = LLM2Vec.from_pretrained(base, separator=separator)
+        model.prompts["query"] = lead_of("find the query:", separator)
+        model.save(scratch / "prompts")
+        theirs = SentenceTransformer(str(scratch / "prompts"), device="cpu")
+        ours = LLM2Vec.from_pretrained(scratch / "prompts").encode(
+            TEXTS[:3], "find the query:", normalize=True
+        )
+        found = theirs.encode_query(TEXTS[:3], normalize_embeddings=True)
+        check(f"encode_query, {kind}, separator {separator!r}", ours, found)
+
+
+def made_elsewhere(base: Path, kind: str, scratch: Path) -> None:
+    """A folder that sentence-transformers made: causal, with its pooling and length, BOS averaged."""
+    build_tokenizer(kind).save(str(base / "tokenizer.json"))
+    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<unk>"}
+    write_json(base / "tokenizer_config.json", tokens)
+    for pooling in ("lasttoken", "mean", "weightedmean", "cls"):
+        transformer = Transformer(str(base), max_seq_length=8)
+        modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
+        theirs = SentenceTransformer(modules=modules, device="cpu").float()
+        theirs.save(str(scratch / "elsewhere"))
+        ours = LLM2Vec.from_pretrained(scratch / "elsewhere")
+        name = f"made by sentence-transformers, {kind}, {pooling}"
+        check(name, ours.encode(TEXTS[:6]), theirs.encode(TEXTS[:6]))
+        ours.save(scratch / "elsewhere")
+        again = SentenceTransformer(str(scratch / "elsewhere"), device="cpu")
+        check("    and saved again here", again.encode(TEXTS[:6]), theirs.encode(TEXTS[:6]))
+        shutil.rmtree(scratch / "elsewhere")
 
 
 def write_json(file: Path, content: object) -> None:
@@ -312,6 +363,11 @@ WRITTEN = {
         AutoModelForCausalLM,
         {"target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1]},
     ),
+    "causal-head": (AutoModelForCausalLM, {"target_modules": ["v_proj", "lm_head"]}),
+    "classifier": (
+        AutoModelForSequenceClassification,
+        {"target_modules": ["k_proj"], "task_type": "SEQ_CLS"},  # which saves the head, too
+    ),
 }
 
 
@@ -341,7 +397,7 @@ def write_adapter(base: Path, folder: Path, auto, options: dict, seed: int) -> N
 def inner(model: PeftModel) -> nn.Module:
     """The model under an adapter that gives hidden states."""
     model = model.base_model.model
-    return model.model if hasattr(model, "lm_head") else model
+    return getattr(model, "model", model)
 
 
 def adapters_in(base: Path, out: Path, states: dict[str, Tensor]) -> None:
@@ -355,6 +411,8 @@ def adapters_in(base: Path, out: Path, states: dict[str, Tensor]) -> None:
         model = PeftModel.from_pretrained(model, out / name).train(False)
         states[name] = compare(f"PEFT's adapter, {name}", decoder, inner(model))
         assert (states[name] - plain).abs().max() > 0.1, "the adapter makes a difference"
+        if name == "causal-head":  # merged, it would change the embeddings that are tied to it
+            continue
         lora.merge_lora(decoder)
         model.merge_and_unload()
         compare("    both merged", decoder, inner(model))
@@ -410,6 +468,12 @@ def adapters_out(base: Path, out: Path, states: dict[str, Tensor]) -> None:
         )
         decoder.train(False)
         states[folder.name] = compare(f"our adapter in PEFT, {name}", decoder, model)
+        alone = AutoPeftModelForFeatureExtraction.from_pretrained(folder, dtype=torch.float32)
+        alone.base_model.model.config.is_causal = False
+        compare("    opened alone, by the base that it names", decoder, alone.train(False))
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text()) | {"base_model_name_or_path": base.name}
+        file.write_text(json.dumps(config, indent=2) + "\n")
         again = our_decoder(base)
         lora.load_adapter(again, folder)
         compare("    and loaded again here", again, model)
@@ -441,6 +505,10 @@ def main() -> None:
             tokenizer = Tokenizer.from_file(args.tokenizer)
             larger = write_base(scratch / "larger", tokenizer, tokenizer.get_vocab_size())
             sentence_transformers(larger, Path(args.tokenizer).name, tokenizer, scratch / "given")
+        for kind in ("prepend", "bytes", "bytes-bos"):
+            apart = shutil.copytree(base, scratch / kind)
+            prompts(apart, kind, scratch)
+            made_elsewhere(apart, kind, scratch)
         transformers(scratch)
         shards(base, scratch)
         types(base, scratch)
