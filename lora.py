@@ -212,7 +212,7 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
                 what = "changes the embeddings, which have no adapter here"
                 raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
             elif called.setdefault(name, full) != full:
-                raise ValueError(f"{name} is there twice, as {called[name]} and {full}")
+                raise ValueError(f"{name} is there twice, once as model.{name}")
             else:
                 pairs.setdefault(name, {})[part] = weight
         if not pairs:

@@ -429,15 +429,16 @@ def train_supervised(
     """
     as_trained(model, settings)
     for name, key in (("query", "instruction"), ("document", "answer_instruction")):
-        said = {pair[key] for pairs in datasets for pair in pairs}
+        said = {pair.get(key, "") for pairs in datasets for pair in pairs}
         if len(said) == 1:
             model.prompts[name] = lead_of(said.pop(), model.separator)
 
     def backward(pairs: list[dict]) -> tuple[float, int]:
-        answers = [(p["positive"], p["answer_instruction"]) for p in pairs]
-        answers += [(n, p["answer_instruction"]) for p in pairs for n in p["negatives"]]
-        texts = [(p["query"], p["instruction"]) for p in pairs] + answers
+        texts = [(p["query"], p["instruction"]) for p in pairs]
+        texts += [(p["positive"], p.get("answer_instruction")) for p in pairs]
+        texts += [(n, p.get("answer_instruction")) for p in pairs for n in p["negatives"]]
         rows = [model.rows([text], lead, settings.length)[0] for text, lead in texts]
+        answers = [text for text, _ in texts[len(pairs) :]]
         copies = [[a == b for b in answers] for a in answers[: len(pairs)]]
         copies = torch.tensor(copies, device=model.decoder.device).fill_diagonal_(False)
 

@@ -433,7 +433,7 @@ def main() -> None:
     text = "column files to probe words with (default: EWT tags and WNUT-17 entities)"
     add("--words", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"), help=text)
     add("--corpus", default=WIKIPEDIA, help="of whose held-out documents tokens are masked")
-    add("--pooling", default="mean", choices=POOLING, help="(default: %(default)s)")
+    add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
     add("--causal", action="store_true", help="leave out step 1: attend to the left only")
     add("--baselines", action="store_true", help="score the baselines of the causal model too")
     args = parser.parse_args()
@@ -449,7 +449,11 @@ def main() -> None:
         return scores | {"seconds": time.monotonic() - start}
 
     name = Path(args.model).name
-    rows = {name: score(load(args, pooling=args.pooling, is_causal=args.causal), args.benchmarks)}
+    rows = {
+        name: score(
+            load(args, pooling=args.pooling, is_causal=args.causal or None), args.benchmarks
+        )
+    }
     if args.baselines:
         which = [which for which in args.benchmarks if which in ("sts", "articles")]
         untrained = baselines(load(args, adapters=[], is_causal=True))

@@ -61,7 +61,8 @@ def lines_of(file: str | Path) -> Iterator[bytes]:
     """
     opener = gzip.open if str(file).endswith(".gz") else open
     with reading(file), sys.stdin.buffer if str(file) == "-" else opener(file, "rb") as lines:
-        if lines.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        start = lines.peek(2)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0" in start:
             raise ValueError("is UTF-16, as PowerShell and Notepad write it: save it as UTF-8")
         yield from lines
 

@@ -59,13 +59,14 @@ def described(folder: Path) -> dict[str, object]:
 
     config.json says so under `llm2vec`, where `save_encoder` writes it. The files of
     sentence-transformers go before that; a folder that has them is causal unless config.json says
-    otherwise. A folder that says nothing becomes an encoder as in the paper. Raises ValueError for
-    a module of sentence-transformers that would change the vectors.
+    otherwise. A folder without either is a language model, of which the paper's encoder is made.
+    Raises ValueError for a module of sentence-transformers that would change the vectors.
     """
     config, modules = read_json(folder / "config.json"), folder / "modules.json"
     said = {"pooling": "mean", "max_length": 512, "separator": "\n", "include_prompt": False}
     said |= config.get("llm2vec") or {}
-    said["is_causal"] = config.get("is_causal", modules.exists())
+    is_encoder = "llm2vec" in config or modules.exists()
+    said["is_causal"] = config.get("is_causal", True) if is_encoder else False
     if not modules.exists():
         return said
     with reading(modules):

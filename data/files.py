@@ -63,7 +63,9 @@ def encode_file(
         records = read_records(source)
         while chunk := list(itertools.islice(records, 4096)):
             texts = [record["text"] for record in chunk]
-            vectors = model.encode(texts, instruction, normalize=normalize)
+            vectors = model.encode(texts, instruction)
+            if normalize:
+                vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
             cut += count_cut(model, texts, instruction)
             if as_json:
                 for record, vector in zip(chunk, vectors, strict=True):

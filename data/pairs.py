@@ -54,8 +54,9 @@ def as_pair(line: bytes, where: str, instruction: str | None) -> dict:
             "positive": raw["positive"],
             "negatives": negatives if isinstance(negatives, list) else [negatives],
             "instruction": raw.get("instruction") or instruction or "",
-            "answer_instruction": raw.get("answer_instruction") or "",
         }
+        if raw.get("answer_instruction"):
+            pair["answer_instruction"] = raw["answer_instruction"]
         texts = [text for value in pair.values() for text in ([value], value)[type(value) is list]]
         if not all(isinstance(text, str) for text in texts):
             what = "query, positive, perhaps negative, instruction and answer_instruction"

@@ -15,6 +15,7 @@ from lora import load_adapter, merge_lora
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ["llama-grouped", "llama-linear-older", "llama-llama3-sharded", "llama-tied-wide-heads"]
 MODELS += ["mistral-window", "mistral-inner", "qwen2", "qwen3", "smollm3"]
+MODELS += ["llama-biased-dynamic", "qwen2-window", "smollm3-window"]
 ADAPTED = ["llama-grouped", "mistral-window"]
 
 

@@ -45,6 +45,7 @@ SHAPE = dict(
     rms_norm_eps=1e-2,  # large enough to make a difference
 )
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}  # idle in short texts
 # With heads of width 8 and this theta, llama3 scaling keeps the first wavelength, mixes the second,
 # and stretches the others.
 LLAMA3 = {
@@ -90,6 +91,9 @@ def write_checkpoints() -> list[Path]:
     multi_query = MistralConfig(**SHAPE | {"num_key_value_heads": 1}, sliding_window=None)
     tied = LlamaConfig(**SHAPE, tie_word_embeddings=True, head_dim=12)
     no_rope = SmolLM3Config(**SHAPE, pad_token_id=PAD, no_rope_layer_interval=2)
+    some = {"use_sliding_window": True, "sliding_window": WINDOW}  # of the layers
+    windowed = SmolLM3Config(**SHAPE, **some, pad_token_id=PAD, no_rope_layer_interval=2)
+    biased = LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=DYNAMIC)
     linear, llama3 = (LlamaConfig(**SHAPE, rope_parameters=rope) for rope in (LINEAR, LLAMA3))
     folders = [
         write_checkpoint("llama-grouped", 1, LlamaConfig(**SHAPE)),
@@ -101,6 +105,9 @@ def write_checkpoints() -> list[Path]:
         write_checkpoint("qwen2", 7, Qwen2Config(**SHAPE)),
         write_checkpoint("qwen3", 8, Qwen3Config(**SHAPE, head_dim=8)),
         write_checkpoint("smollm3", 9, no_rope),
+        write_checkpoint("llama-biased-dynamic", 10, biased),
+        write_checkpoint("qwen2-window", 11, Qwen2Config(**SHAPE, **some, max_window_layers=1)),
+        write_checkpoint("smollm3-window", 12, windowed),
     ]
     make_older(folders[1] / "config.json")
     return folders
@@ -184,17 +191,21 @@ def expect_hidden_states(folder: Path, seed: int) -> dict[str, Tensor]:
         plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
         model = read_checkpoint(folder, True, rope_parameters=plain)
         unscaled = hidden_states(model, "unpadded", ids, segments)
-        assert differ(unscaled, expected["unpadded.causal"]), f"{folder.name}: scaling is idle"
+        short = rope["rope_type"] == "dynamic"
+        assert differ(unscaled, expected["unpadded.causal"]) != short, f"{folder.name}: scaling"
     if rope["rope_type"] == "llama3":
         turns = LLAMA3["original_max_position_embeddings"] / (2 * math.pi)
         turns *= rope["rope_theta"] ** -(torch.arange(0, 8, 2) / 8)
         assert turns[0] > 4 > turns[1] > 1 > turns[2], "kept, mixed and stretched wavelengths"
     if getattr(causal.config, "sliding_window", None):
         for is_causal, key in ((True, "causal"), (False, "bidirectional")):
-            model = read_checkpoint(folder, is_causal, sliding_window=None)
+            full = {"layer_types": ["full_attention"] * 2, "use_sliding_window": False}
+            full = {} if folder.name.startswith("mistral") else full
+            model = read_checkpoint(folder, is_causal, sliding_window=None, **full)
             unbounded = hidden_states(model, "unpadded", ids, segments)
             assert differ(unbounded, expected[f"unpadded.{key}"]), "the window is idle"
-            assert reach(folder, is_causal) == WINDOW - is_causal
+            if not full:
+                assert reach(folder, is_causal) == WINDOW - is_causal
     return expected
 
 
