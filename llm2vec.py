@@ -763,7 +763,9 @@ class LLM2Vec:
         given = {"pooling": pooling, "max_length": max_length, "separator": separator}
         how |= {name: value for name, value in given.items() if value is not None}
         tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
-        decoder = Decoder.from_pretrained(path_or_name, dtype, device)
+        decoder = Decoder.from_pretrained(folder, dtype, device)
+        if not Path(path_or_name).is_dir():
+            decoder.name_or_path = str(path_or_name)  # on the hub
         both_ways = not how.pop("is_causal")  # step 1 of the method, entire
         decoder.config.is_causal = not both_ways if is_causal is None else is_causal
         for adapter in adapters:

@@ -205,10 +205,10 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
     with reading(file):
         for key, weight in load_file(file).items():
             full, _, part = key.replace(".default.", ".").removesuffix(".weight").rpartition(".")
-            name = PREFIX.sub("", full)
-            if name.startswith("lm_head") or UNUSED.match(PREFIX.sub("", key)):
+            name, bare = PREFIX.sub("", full), PREFIX.sub("", key)
+            if bare.startswith("lm_head.") or UNUSED.match(bare):
                 unused.append(key)
-            elif name.startswith("embed_tokens"):
+            elif bare.startswith("embed_tokens."):
                 what = "changes the embeddings, which have no adapter here"
                 raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
             elif called.setdefault(name, full) != full:

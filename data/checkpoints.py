@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from data.fetch import on_the_hub
 from llm2vec import Config, read_json, reading
@@ -98,7 +98,7 @@ def local(path_or_name: str | Path, patterns: list[str]) -> tuple[Path, set[str]
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         there = set(os.listdir(folder)) if folder.is_dir() else set()
         if not there.intersection((*WEIGHTS, *ADAPTER[1:])):
-            there |= set(list_repo_files(name))  # to say what there is instead
+            there |= set(HfApi().list_repo_files(name))  # to say what there is instead
         return folder, there
 
 

@@ -204,7 +204,7 @@ def sentence_transformers(base: Path, kind: str, tokenizer: Tokenizer, out: Path
 
 
 def prompts(base: Path, kind: str, scratch: Path) -> None:
-    """An instruction that a folder was trained with is its prompt of queries, and points the same way."""
+    """The instruction that a folder was trained with is its prompt for queries."""
     build_tokenizer(kind).save(str(base / "tokenizer.json"))
     for separator in ("\n", " "):
         model = LLM2Vec.from_pretrained(base, separator=separator)
@@ -219,7 +219,7 @@ def prompts(base: Path, kind: str, scratch: Path) -> None:
 
 
 def made_elsewhere(base: Path, kind: str, scratch: Path) -> None:
-    """A folder that sentence-transformers made: causal, with its pooling and length, BOS averaged."""
+    """A folder of sentence-transformers is taken at its word: causal, cut at 8, BOS averaged."""
     build_tokenizer(kind).save(str(base / "tokenizer.json"))
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<unk>"}
     write_json(base / "tokenizer_config.json", tokens)

@@ -1,0 +1,439 @@
+"""Checkpoints and adapters as people have them: folders of other tools, names on the hub."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
+
+import llm2vec
+from data.checkpoints import find_checkpoint
+from data.export import described
+from llm2vec import POOLING, Config, Decoder, LLM2Vec, lead_of, rotary_table, tokenize
+from lora import add_lora, load_adapter, merge_lora, save_adapter
+
+GOLDEN = Path(__file__).parent / "golden"
+INTEROP = GOLDEN / "interop"
+TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
+TEXTS = ["find the thing", "the quick query and his thing, and the things again"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A small Mistral with BOS."""
+    made = shutil.copytree(INTEROP / "base", tmp_path / "model")
+    return made
+
+
+def change(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def rename(file: Path, new_name, **more: torch.Tensor) -> None:
+    """Write the tensors of a file under other names."""
+    save_file({new_name(name): w for name, w in load_file(file).items()} | more, file)
+
+
+# --- A folder is taken at its word -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last", "first"])
+def test_a_saved_encoder_is_what_it_was(folder, tmp_path, pooling, is_causal):
+    how = {"pooling": pooling, "max_length": 9, "is_causal": is_causal, "separator": " "}
+    model = LLM2Vec.from_pretrained(folder, **how)
+    model.save(tmp_path / "out")
+    again = LLM2Vec.from_pretrained(tmp_path / "out")
+    for instruction in (None, "find:"):
+        expected = model.encode(TEXTS, instruction)
+        np.testing.assert_array_equal(again.encode(TEXTS, instruction), expected)
+    other = LLM2Vec.from_pretrained(tmp_path / "out", pooling="last", max_length=30)
+    assert (other.pooling, other.max_length) == ("last", 30), "unless the caller says otherwise"
+
+
+def test_what_sentence_transformers_has_no_file_for_is_remembered_too(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(POOLING, "mine", (lambda own: own**2, None))
+    LLM2Vec.from_pretrained(folder, pooling="mine", max_length=7).save(tmp_path / "out")
+    assert not (tmp_path / "out" / "modules.json").exists()
+    again = LLM2Vec.from_pretrained(tmp_path / "out")
+    assert (again.pooling, again.max_length, again.decoder.config.is_causal) == ("mine", 7, False)
+
+
+def elsewhere(folder: Path, modules: list[str], **pooling) -> Path:
+    """The files that sentence-transformers 6 puts beside a model."""
+    kind = "sentence_transformers.sentence_transformer.modules."
+    rows = [{"idx": i, "path": f"{i}_{m}", "type": kind + m} for i, m in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps(rows))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+def test_a_folder_of_sentence_transformers_is_causal_and_pools_as_it_says(folder):
+    elsewhere(folder, ["Transformer", "Pooling", "Normalize"], pooling_mode="lasttoken")
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 33}')
+    model = LLM2Vec.from_pretrained(folder)
+    assert (model.pooling, model.max_length, model.decoder.config.is_causal) == ("last", 33, True)
+    expected = LLM2Vec.from_pretrained(INTEROP / "base", pooling="last", is_causal=True)
+    np.testing.assert_array_equal(model.encode(TEXTS), expected.encode(TEXTS))
+    change(folder / "config.json", is_causal=False)
+    assert LLM2Vec.from_pretrained(folder).decoder.config.is_causal is False
+
+
+def test_a_folder_of_sentence_transformers_that_averages_bos_does_so_here(folder):
+    elsewhere(folder, ["Transformer", "Pooling"], pooling_mode_mean_tokens=True)
+    model = LLM2Vec.from_pretrained(folder)
+    [(ids, own)] = model.rows(["find"], "the:")
+    assert all(own)
+    hidden = model.decoder(torch.tensor([ids]))[0]
+    expected = hidden.mean(0).detach().numpy()
+    np.testing.assert_allclose(model.encode(["find"], "the:")[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "modules, pooling, said",
+    [
+        (["Transformer", "Pooling", "Dense"], {"pooling_mode": "mean"}, "a module Dense"),
+        (["Transformer", "Pooling"], {"pooling_mode": "max"}, "pooling 'max': expected mean"),
+        (["Transformer", "Pooling"], {"pooling_mode_max_tokens": True}, "pooling 'max'"),
+        (["Transformer"], {}, None),
+    ],
+)
+def test_what_would_give_other_vectors_is_refused(folder, modules, pooling, said):
+    elsewhere(folder, modules, **pooling)
+    if said is None:
+        assert described(folder)["pooling"] == "mean"
+    else:
+        with pytest.raises(ValueError, match=said):
+            LLM2Vec.from_pretrained(folder)
+
+
+# --- Between an instruction and a text ---------------------------------------------------------
+
+
+def test_the_separator_is_a_setting_and_a_space_for_the_authors_checkpoints(folder, tmp_path):
+    model = LLM2Vec.from_pretrained(folder, separator=" ")
+    [(ids, own)] = model.rows(["the thing"], "find his query: ")
+    assert ids == model.tokenizer.encode("find his query: the thing").ids
+    alone = model.tokenizer.encode("the thing", add_special_tokens=False).ids
+    assert [i for i, o in zip(ids, own, strict=True) if o] == alone, "with its space in front"
+    [(ids, _)] = tokenize(model.tokenizer, ["the"], 512, "find:", separator="")
+    assert ids == model.tokenizer.encode("find:the").ids
+    assert LLM2Vec.from_pretrained(folder).separator == "\n"
+    authors = shutil.copytree(folder, tmp_path / "LLM2Vec-Mistral-7B-Instruct-v2-mntp")
+    assert LLM2Vec.from_pretrained(authors).separator == " "
+    assert lead_of("find: \n", "\n") == "find:\n" and lead_of(None) == lead_of("") == ""
+
+
+# --- What an encoder has no use for ------------------------------------------------------------
+
+
+def test_heads_and_prefixes_of_a_checkpoint_come_off(folder, capsys):
+    expected = LLM2Vec.from_pretrained(folder).encode(TEXTS)
+    file = folder / "model.safetensors"
+    heads = {
+        n: torch.ones(2, 32) for n in ("score.weight", "v_head.summary.weight", "classifier.bias")
+    }
+    rename(file, lambda name: f"module._orig_mod.{name}", **heads)
+    assert np.array_equal(LLM2Vec.from_pretrained(folder).encode(TEXTS), expected)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "and 2 more left out" in line and str(folder) in line
+
+
+def test_a_missing_head_leaves_an_encoder(tmp_path, capsys):
+    folder = shutil.copytree(GOLDEN / "llama-grouped", tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    save_file(tensors, file)
+    decoder = Decoder.from_pretrained(folder)
+    assert not decoder.can_predict and "has no lm_head.weight" in capsys.readouterr().err
+
+
+def test_heads_and_infixes_of_an_adapter_come_off(folder, tmp_path, capsys):
+    adapter = shutil.copytree(INTEROP / "inner-list", tmp_path / "adapter")
+    decoder, expected = Decoder.from_pretrained(folder), Decoder.from_pretrained(folder)
+    load_adapter(expected, adapter)
+    head = torch.ones(384, 32)
+    rename(
+        adapter / "adapter_model.safetensors",
+        lambda name: name.replace("lora_A.", "lora_A.default.").replace(
+            "lora_B.", "lora_B.default."
+        ),
+        **{
+            "base_model.model.lm_head.weight": head,
+            "base_model.model.score.weight": head[:2].clone(),
+        },
+    )
+    change(adapter / "adapter_config.json", modules_to_save=["lm_head", "score"])
+    load_adapter(decoder, adapter)
+    assert "and 1 more left out" in capsys.readouterr().err
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(decoder(ids), expected(ids))
+
+
+def test_an_adapter_with_embeddings_is_refused(folder, tmp_path):
+    adapter = shutil.copytree(INTEROP / "inner-list", tmp_path / "adapter")
+    change(adapter / "adapter_config.json", modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"modules_to_save is \['embed_tokens'\]"):
+        load_adapter(Decoder.from_pretrained(folder), adapter)
+    change(adapter / "adapter_config.json", modules_to_save=None)
+    whole = {"base_model.model.model.embed_tokens.weight": torch.ones(385, 32)}
+    rename(adapter / "adapter_model.safetensors", str, **whole)
+    with pytest.raises(ValueError, match="embed_tokens.* merge it with PEFT"):
+        load_adapter(Decoder.from_pretrained(folder), adapter)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_behind_the_embedding_is_refused_only_where_a_text_can_have_it(folder, special):
+    file, size = (
+        folder / "tokenizer.json",
+        json.loads((folder / "config.json").read_text())["vocab_size"],
+    )
+    tokenizer, expected = (
+        Tokenizer.from_file(str(file)),
+        LLM2Vec.from_pretrained(folder).encode(["a <pad>"]),
+    )
+    extra = [f"<extra{i}>" for i in range(size - tokenizer.get_vocab_size())]
+    tokenizer.add_special_tokens(extra)
+    add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+    add([AddedToken("<pad>")])
+    assert tokenizer.token_to_id("<pad>") == size
+    tokenizer.save(str(file))
+    assert np.array_equal(LLM2Vec.from_pretrained(folder).encode(["a <pad>"]), expected)
+    change(folder / "config.json", vocab_size=300)
+    rename(
+        folder / "model.safetensors",
+        str,
+        **{
+            "model.embed_tokens.weight": load_file(folder / "model.safetensors")[
+                "model.embed_tokens.weight"
+            ][:300]
+        },
+    )
+    with pytest.raises(ValueError, match="token ids up to .*, the model embeds 300"):
+        LLM2Vec.from_pretrained(folder)
+
+
+# --- config.json -------------------------------------------------------------------------------
+
+
+def test_llama3_scaling_without_its_original_length_takes_the_longest(tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama-llama3-sharded", tmp_path / "model")
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    del rope["original_max_position_embeddings"]
+    change(folder / "config.json", rope_parameters=rope)
+    scaling = Config.from_pretrained(folder).rope_scaling
+    assert scaling["original_max_position_embeddings"] == 64  # as transformers takes it
+
+
+def test_dynamic_scaling_is_idle_in_short_texts_and_refused_in_long_ones():
+    config = Config.from_pretrained(GOLDEN / "llama-biased-dynamic")
+    assert len(rotary_table(config, 64, torch.device("cpu"), torch.float32)[0]) == 64
+    with pytest.raises(
+        ValueError, match="rope_type dynamic: a text of 65 tokens, expected at most 64"
+    ):
+        rotary_table(config, 65, torch.device("cpu"), torch.float32)
+
+
+def test_a_window_that_no_layer_has_is_none(folder):
+    change(folder / "config.json", model_type="qwen2", use_sliding_window=True, sliding_window=4)
+    assert set(Config.from_pretrained(folder).layer_types) == {"full_attention"}  # of 28 and above
+    change(folder / "config.json", use_sliding_window=False, sliding_window=None)
+    assert Config.from_pretrained(folder).sliding_window is None
+
+
+# --- What is there instead ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        (["pytorch_model.bin"], "has .bin weights.*AutoModelForCausalLM as A; A.from_pretrained"),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"], "has .bin weights"),
+        (["model-Q4.gguf"], "has GGUF weights: take the safetensors"),
+        (["params.json", "consolidated.00.pth"], "format of Meta or Mistral"),
+        (["adapter_model.safetensors"], "is an adapter: give its base as the model, my/base"),
+        ([], "no such file: model.safetensors"),
+    ],
+)
+def test_a_folder_without_weights_says_what_it_holds(folder, files, said):
+    (folder / "model.safetensors").unlink()
+    for name in files:
+        (folder / name).touch()
+    if "adapter_model.safetensors" in files:
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "my/base"}')
+    with pytest.raises(FileNotFoundError, match=said):
+        LLM2Vec.from_pretrained(folder)
+
+
+def test_other_missing_files_say_what_to_do(folder, tmp_path):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file; .*AutoTokenizer"):
+        LLM2Vec.from_pretrained(folder)
+    Decoder.from_pretrained(folder)  # which needs none
+    adapter = shutil.copytree(INTEROP / "inner-list", tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="has .bin weights.*AutoPeftModel"):
+        load_adapter(Decoder.from_pretrained(folder), adapter)
+    with pytest.raises(FileNotFoundError, match="is a whole checkpoint: give it as the model"):
+        load_adapter(Decoder.from_pretrained(folder), folder)
+
+
+def test_quantised_weights_are_named_by_their_method(folder):
+    method = {"quantization_config": {"quant_method": "awq"}}
+    change(folder / "config.json", **method)
+    LLM2Vec.from_pretrained(folder)  # a key that plain weights were left with
+    name = "model.layers.0.mlp.down_proj."
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name + "qweight"] = torch.ones(4, 4, dtype=torch.int32)
+    del tensors[name + "weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"no place in this model; the weights are quantised \(awq\)"
+    ):
+        LLM2Vec.from_pretrained(folder)
+
+
+# --- The hub -----------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub for a snapshot."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        _, *parts = self.path.partition("?")[0].split("/")
+        if parts[:1] == ["api"]:
+            files = self.server.repositories.get("/".join(parts[2:4]))
+            rows = [{"type": "file", "path": n, "size": len(b)} for n, b in (files or {}).items()]
+            rows = [row | {"oid": "0" * 40} for row in rows]
+            siblings = [{"rfilename": row["path"]} for row in rows]
+            info = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}
+            body = None if files is None else json.dumps(rows if "tree" in parts else info).encode()
+        else:
+            body = self.server.repositories.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
+        if body is None:
+            self.send_response(403 if self.server.gated else 404)
+            self.send_header("X-Error-Code", "GatedRepo" if self.server.gated else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{hash(body)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with a model, two adapters, and files that are not needed, and an empty cache."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server.asked, server.gated = [], False
+    more = {"README.md": b"#", "consolidated.safetensors": b"0", "pytorch_model.bin": b"0"}
+    server.repositories = {
+        "some/model": files_in(INTEROP / "base") | more,
+        "some/adapter": files_in(INTEROP / "inner-list") | {"training_args.bin": b"0"},
+        "some/weights-in-bin": {"config.json": b"{}", "pytorch_model.bin": b"0"},
+    }
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    template = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_name_on_the_hub_is_as_good_as_a_folder(hub, monkeypatch):
+    model = LLM2Vec.from_pretrained("some/model", ["some/adapter"])
+    expected = LLM2Vec.from_pretrained(INTEROP / "base", [INTEROP / "inner-list"])
+    assert np.array_equal(model.encode(TEXTS), expected.encode(TEXTS))
+    asked = {Path(path).name for path in hub.asked if "/resolve/" in path}
+    assert asked == {"config.json", "tokenizer.json", "model.safetensors"} | {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }, "only what is needed"
+    assert Decoder.from_pretrained("some/model").name_or_path == "some/model"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.repositories.clear()
+    again = LLM2Vec.from_pretrained("some/model", "some/adapter")  # from the cache
+    assert np.array_equal(again.encode(TEXTS), expected.encode(TEXTS))
+
+
+def test_a_name_that_the_hub_does_not_give_is_one_line(hub, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="some/other: no such folder, and .* check the name"):
+        LLM2Vec.from_pretrained("some/other")
+    with pytest.raises(FileNotFoundError, match="some/weights-in-bin: has .bin weights"):
+        LLM2Vec.from_pretrained("some/weights-in-bin")
+    hub.gated = True
+    with pytest.raises(ValueError, match="some/gated: .* accept its terms .* hf auth login"):
+        LLM2Vec.from_pretrained("some/gated")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="some/model: .* HF_HUB_OFFLINE"):
+        LLM2Vec.from_pretrained("some/model")
+    before = list(hub.asked)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for path in (tmp_path / "missing", f"{tmp_path}/a/b", "three/part/name", "name"):
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            find_checkpoint(path)
+    assert hub.asked == before, "a path is not looked for on the hub"
+
+
+# --- An adapter and its base -------------------------------------------------------------------
+
+
+def test_an_adapter_names_its_base_unless_another_was_merged(folder, tmp_path):
+    decoder = Decoder.from_pretrained(folder)
+    for _ in range(2):
+        add_lora(decoder, rank=2)
+        save_adapter(decoder, tmp_path / "adapter")
+        merge_lora(decoder)
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == (str(folder.resolve()) if not _ else None)
+    LLM2Vec(decoder, llm2vec.load_tokenizer(folder)).save(tmp_path / "out")
+    assert decoder.name_or_path == str((tmp_path / "out").resolve()), "which now has these weights"
+
+
+# --- Words -------------------------------------------------------------------------------------
+
+
+def test_a_word_is_the_mean_of_its_tokens_states():
+    model = LLM2Vec.from_pretrained(TINY)
+    words = ["Naturalists", "describe", "birds", "."]
+    found, sentence = model.encode_words(words), " ".join(words)
+    encoding = model.tokenizer.encode(sentence)
+    states = model.decoder(torch.tensor([encoding.ids]))[0].detach().numpy()
+    start = 0
+    for word, vector in zip(words, found, strict=True):
+        end = start + len(word)
+        own = [i for i, (a, b) in enumerate(encoding.offsets) if b > start and a < end]
+        np.testing.assert_allclose(vector, states[own].mean(0), atol=1e-5)
+        start = end + 1
+    assert len(own) == 1 and found.shape == (4, model.decoder.config.hidden_size)
