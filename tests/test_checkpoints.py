@@ -393,7 +393,7 @@ def test_a_name_that_the_hub_does_not_give_is_one_line(hub, monkeypatch, tmp_pat
     with pytest.raises(FileNotFoundError, match="some/weights-in-bin: has .bin weights"):
         LLM2Vec.from_pretrained("some/weights-in-bin")
     hub.gated = True
-    with pytest.raises(ValueError, match="some/gated: .* accept its terms .* hf auth login"):
+    with pytest.raises(ValueError, match="some/gated: .* accept its terms .*hf auth login"):
         LLM2Vec.from_pretrained("some/gated")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="some/model: .* HF_HUB_OFFLINE"):
