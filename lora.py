@@ -197,6 +197,9 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
     if adapted(model):
         raise ValueError("the model has adapters already: merge_lora first")
     folder = find_adapter(path_or_name)
+    states = sorted(folder.glob("state-*.safetensors"))
+    if states and not (folder / "finished").exists():
+        return load_state(model, folder, states[-1])
     file = folder / "adapter_model.safetensors"
     config = read_adapter_config(folder / "adapter_config.json")
     modules, unused = dict(model.named_modules()), []
@@ -243,8 +246,16 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
             getattr(module, part).weight.copy_(pair[part])
         module.train(model.training)
     tell_unused(file, unused)
-    if (folder / "settings.json").exists() and not (folder / "finished").exists():
-        print(f"{folder}: of a run that is not finished", file=sys.stderr)
+
+
+def load_state(model: nn.Module, folder: Path, state: Path) -> None:
+    """The adapter of a run of train.py that is not finished, as of its newest state."""
+    with reading(state):
+        s, tensors = read_json(folder / "settings.json"), load_file(state)
+        for i, p in enumerate(add_lora(model, s["rank"], s["alpha"], s["dropout"])):
+            p.data.copy_(tensors[f"{i}.weight"])
+    model.train(model.training)
+    print(f"{state}: the adapter of a run that is not finished", file=sys.stderr)
 
 
 # What PEFT has and this file has not: it would change the numbers, so it is refused by name.

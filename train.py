@@ -152,7 +152,7 @@ def fit(
     stopped goes on from its newest state and ends with the same bits as one that was not.
     """
     decoder, batches = model.decoder, Batches(datasets, settings)
-    settings = batches.settings
+    settings, epoch = batches.settings, len(batches.slots)
     run = Run(folder, settings, identity(model, datasets, settings))
     if run.finished:
         say(f"{folder}: finished before; --overwrite trains it anew")
@@ -161,33 +161,25 @@ def fit(
     torch.manual_seed(settings.seed)
     parameters = trained.start(decoder, settings)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
-
-    def write() -> None:
-        trained.write(decoder, folder)
-
     with training(decoder, settings):
         for step in range(run.restore(parameters, optimizer), settings.steps):
             loss, tokens = within_memory(decoder, settings, step, backward, batches[step])
             loss = sum_over_processes(parameters, loss)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(loss + norm):
-                run.save(step, parameters, optimizer, write)
+                run.save(step, parameters, optimizer)
                 what = f"step {step + 1}: the loss is {loss} and the norm of the gradient {norm}"
                 raise ValueError(f"{what}; the state before it is in {folder}")
-            rate = learning_rate(step, settings, len(batches.slots))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(step, settings, epoch)
             optimizer.step()
             optimizer.zero_grad()
-            save = (step + 1) % settings.save_every == 0
-            scored = settings.dev and (save or step + 1 == settings.steps)
-            dev = run.keep_best(parameters, model, settings.dev) if scored else None
-            run.log(step + 1, loss, rate, tokens, dev)
-            if save:
-                run.save(step + 1, parameters, optimizer, write)
-    if settings.dev:
-        run.take_best(parameters)
-    run.finish(write)
+            dev = run.score(step + 1, model, parameters)
+            run.log(step + 1, loss, learning_rate(step, settings, epoch), tokens, dev)
+            if (step + 1) % settings.save_every == 0:
+                run.save(step + 1, parameters, optimizer)
+    run.take_best(parameters)
+    run.finish(lambda: trained.write(decoder, folder))
     trained.settle(decoder)
 
 
@@ -593,7 +585,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: Settings, identity: dict):
-        self.folder, self.steps, self.log_file = folder, settings.steps, folder / "log.jsonl"
+        self.folder, self.settings, self.log_file = folder, settings, folder / "log.jsonl"
         once(lambda: self.open(identity))
         self.finished = (folder / "finished").exists()
 
@@ -636,14 +628,10 @@ class Run:
         self.first, self.start, self.losses, self.tokens = done, time.monotonic(), [], 0
         return done
 
-    def save(self, step: int, parameters: list, optimizer, write: Callable[[], None]) -> None:
-        """Write parameters and Adam's moments after `step` steps; keep this state and the last.
-
-        What is trained is written too, so that a run can be scored before its end.
-        """
+    def save(self, step: int, parameters: list[nn.Parameter], optimizer) -> None:
+        """Write parameters and Adam's moments after `step` steps; keep this state and the last."""
         if RANK > 0:
             return
-        write()
         tensors = {}
         for i, p in enumerate(parameters):
             tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
@@ -652,27 +640,31 @@ class Run:
         for old in self.states()[2:]:
             old.unlink()
 
-    def keep_best(self, parameters: list[nn.Parameter], model: LLM2Vec, file: str) -> float:
-        """Score the model on an STS file; keep the weights if no step before scored as high."""
-        score = benchmarks.sts(model, file)[Path(file).stem]
+    def score(self, step: int, model: LLM2Vec, parameters: list[nn.Parameter]) -> float | None:
+        """With --dev, at every save and at the end: the score, whose weights are kept if best."""
+        s = self.settings
+        if s.dev is None or step % s.save_every and step < s.steps:
+            return None
+        score = benchmarks.sts(model, s.dev)[Path(s.dev).stem]
         model.decoder.train()
-        tensors = {str(i): p.detach() for i, p in enumerate(parameters)}
         if score > self.best:
             self.best = score
-            once(lambda: lora.write_whole(self.folder / "best.safetensors", save_bytes(tensors)))
+            best = save_bytes({str(i): p.detach() for i, p in enumerate(parameters)})
+            once(lambda: lora.write_whole(self.folder / "best.safetensors", best))
         return score
 
     def take_best(self, parameters: list[nn.Parameter]) -> None:
-        """Go back to the weights of the best step."""
-        for i, weight in load_file(self.folder / "best.safetensors").items():
-            parameters[int(i)].data.copy_(weight)
-        say(f"kept the step that scored {self.best:.4f} on the development file")
+        """With --dev, go back to the weights of the best step."""
+        if self.settings.dev is not None:
+            for i, weight in load_file(self.folder / "best.safetensors").items():
+                parameters[int(i)].data.copy_(weight)
+            say(f"the best step is kept, which scored {self.best:.4f} on {self.settings.dev}")
 
     def log(self, step: int, loss: float, lr: float, tokens: int, dev: float | None = None) -> None:
         """Loss (mean since the last line), learning rate, pace: a hundred lines, a fifth shown."""
         self.losses.append(loss)
         self.tokens += tokens
-        steps, seconds = self.steps, time.monotonic() - self.start
+        steps, seconds = self.settings.steps, time.monotonic() - self.start
         if RANK > 0 or step % max(1, steps // 100) and step < steps and dev is None:
             return
         loss, pace = sum(self.losses) / len(self.losses), self.tokens / max(seconds, 1e-9)
@@ -842,7 +834,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", title="stages", metavar="STAGE")
     for name, stage in STAGES.items():
         usage = f"python train.py {name} --model MODEL --output RUN [options]"
-        command = commands.add_parser(name, help=stage.help, description=stage.help, usage=usage)
+        how = {"description": stage.help, "usage": usage, "allow_abbrev": False}
+        command = commands.add_parser(name, help=stage.help, **how)
         command.set_defaults(run=run_stage)
         add = command.add_argument
         llm2vec.add_model_flags(command, required=True)

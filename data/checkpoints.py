@@ -65,8 +65,10 @@ def converted(kind: str, folder: Path, library: str = "transformers") -> str:
 
 
 def find_adapter(path_or_name: str | Path) -> Path:
-    """The folder of an adapter; as `find_checkpoint`."""
+    """The folder of an adapter, or of a run that has none yet; as `find_checkpoint`."""
     folder, there = local(path_or_name, ADAPTER)
+    if "settings.json" in there and any(name.startswith("state-") for name in there):
+        return folder
     if "adapter_model.bin" in there and ADAPTER[1] not in there:
         line = converted("PeftModel", folder, "peft")
         what = f"has .bin weights, which are not read, for they can run code; to convert: {line}"

@@ -97,10 +97,10 @@ def split_documents(documents: Sequence[str], one_in: int = 50) -> tuple[list[st
 # digit or an opening mark; those of other scripts need nothing. A closing mark may come between.
 _SPACED = ".!?…‼‽⁇⁈⁉։"
 _ALONE = "。！？．｡؟۔؞।॥།༎။၊።፧፨។៕᠃᠉᙮᱾᱿꓿꘎꘏꛳꛷꡶꡷꣎꣏܀܁܂߹᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼⸮"
-_CLOSING = r"""["'”’“»«›‹)\]」』】》〉）］｣]*"""
+_CLOSING = r"""["'”’»«›‹)\]」』】》〉）］｣]*"""
 _OPENING = "\"'“‘„‚«»‹›([¿¡「『【《〈（［"
 _GREEK = "(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]"  # its question mark
-_END = re.compile(rf"[{_ALONE}]+{_CLOSING}\s*|(?:[{_SPACED}]|{_GREEK})+{_CLOSING}\s+")
+_END = re.compile(rf"[{_ALONE}]+{_CLOSING}\s*|(?:[{_SPACED}]|{_GREEK})+[“{_CLOSING[1:]}\s+")
 # But no sentence ends after an initial, a known abbreviation, or a group like U.S.
 _NO_END = re.compile(
     r"(?:^|[\s(\[\"'“‘„«])(?:[A-Za-zÀ-ԯ]|(?:[A-Za-zÀ-ԯ]\.)+[A-Za-zÀ-ԯ]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|Gen|Col|Lt|Capt|"

@@ -1,9 +1,13 @@
 """Reading, splitting and cutting text."""
 
+import gzip
+
 import pytest
 import torch
 
 from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
+from data.files import read_records
+from data.pairs import read_pairs
 
 
 def test_documents_of_both_kinds(tmp_path):
@@ -61,6 +65,56 @@ def test_the_split_never_leaks():
 def test_sentences(expected):
     assert sentences(" ".join(expected)) == expected
     assert sentences(f"  \n{' '.join(expected)}\nline two.") == [*expected, "line two."]
+
+
+@pytest.mark.parametrize(
+    "between, expected",
+    [
+        (
+            " ",
+            ["Он родился в 1812 г. в Москве.", "А. С. Пушкин писал.", "«Да!» — сказал он.", "Что?"],
+        ),
+        (" ", ["Τι είναι αυτό;", "Είναι ένα βιβλίο.", "Όχι!"]),
+        (" ", ["यह पहला वाक्य है।", "यह दूसरा है।", "क्या?"]),
+        (" ", ["هذا أول.", "هل هذا ثان؟", "نعم."]),
+        (" ", ["یہ ایک ہے۔", "یہ دو ہے۔"]),
+        (" ", ["זה משפט.", "וזה עוד."]),
+        (" ", ["საქართველო არის.", "ქალაქი თბილისი."]),
+        (" ", ["¿Qué es?", "¡Hola!", "Sí."]),
+        (" ", ["Er ging z. B. weg.", "„Ja.“", "Sie blieb."]),
+        (" ", ["Ձմեռ է։", "Գարուն։"]),
+        (" ", ["한국어 문장이다.", "두 번째 문장이다."]),
+        ("", ["这是第一句。", "这是第二句！", "“真的吗？”", "好。"]),
+        ("", ["これは文です。", "本当？", "（はい。）", "そうです。"]),
+        ("", ["ဤသည်မှာ ဝါကျ။", "နောက်တစ်ခု။"]),
+    ],
+)
+def test_sentences_of_all_scripts(between, expected):
+    assert sentences(between.join(expected)) == expected
+
+
+def test_a_corpus_may_be_a_folder_and_compressed(tmp_path):
+    (tmp_path / "b.txt").write_text("two\nthree\n")
+    (tmp_path / "notes.md").write_text("not a corpus\n")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('{"text": "one"}\n')
+    assert read_documents(tmp_path) == ["one", "two", "three"]
+    assert read_documents(tmp_path / "a.jsonl.gz") == ["one"]
+    (tmp_path / "c.txt.gz").write_bytes(b"not compressed")
+    with pytest.raises(ValueError, match="c.txt.gz: "):
+        read_documents(tmp_path / "c.txt.gz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: an empty corpus, no text in its \.txt"):
+        read_documents(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_called_by_its_name(tmp_path, encoding):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes('\ufeff{"text": "one", "query": "q", "positive": "p"}\n'.encode(encoding))
+    for read in (read_documents, lambda f: read_pairs([f]), lambda f: list(read_records(str(f)))):
+        with pytest.raises(ValueError, match="a.jsonl: is UTF-16, .*: save it as UTF-8"):
+            read(file)
 
 
 def test_sentences_lose_no_word():

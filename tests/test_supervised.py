@@ -108,6 +108,37 @@ def test_queries_choose_among_all_positives_and_hard_negatives(max_tokens, tmp_p
     torch.testing.assert_close(gradient, weight.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_instructions_stand_where_the_pairs_say_and_go_with_the_encoder(tmp_path, monkeypatch):
+    """Symmetric data has them on both sides; one of all queries is the prompt of an export."""
+    both = {"instruction": "Find alike:", "answer_instruction": "Find alike:"}
+    pairs = read_pairs([write(tmp_path / "a.jsonl", A | both, C | both)])
+    model, seen = LLM2Vec.from_pretrained(TINY), []
+    monkeypatch.setattr(train, "contrast", lambda _, rows, *__: seen.append(rows) or (0.0, 1))
+    monkeypatch.setattr(train, "fit", lambda _, data, backward, *__: backward(data[0]))
+    settings = STAGES["supervised"].presets["tiny"]
+    STAGES["supervised"].run(model, pairs, settings, tmp_path)
+    texts = ["a?", "c?", "a.", "c.", "not c.", "nor this"]
+    assert seen[0] == tokenize(model.tokenizer, texts, 64, "Find alike:")
+    assert model.prompts == {"query": "Find alike:\n", "document": "Find alike:\n"}
+    model.save(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert written["prompts"] == model.prompts and written["default_prompt_name"] is None
+    other = LLM2Vec.from_pretrained(TINY)
+    pairs = read_pairs([write(tmp_path / "b.jsonl", A, B)])
+    STAGES["supervised"].run(other, pairs, settings, tmp_path)
+    assert other.prompts == {"document": ""}, "two instructions are none"
+
+
+def test_the_rate_may_fall_over_several_epochs():
+    """As in the authors' supervised training: over three epochs, of which it ran a part."""
+    settings = replace(STAGES["supervised"].presets["paper"], steps=1000)
+    assert (settings.decay_epochs, settings.scale, settings.warm_up) == (3, 50, 300)
+    rates = [train.learning_rate(step, settings, epoch=2000) for step in (299, 300, 999)]
+    assert rates == pytest.approx([2e-4, 2e-4, 2e-4 * (6000 - 999) / (6000 - 300)])
+    short = [train.learning_rate(999, settings, epoch) for epoch in (0, 5)]
+    assert short == pytest.approx([2e-4 / 700] * 2), "never before the end"
+
+
 def test_an_encoder_reads_as_much_of_a_text_as_it_was_trained_on(tmp_path):
     model = LLM2Vec.from_pretrained(TINY)
     pairs = [{"query": q, "positive": q, "negatives": [], "instruction": ""} for q in ("a b", "c")]

@@ -281,6 +281,72 @@ def test_the_loss_falls_and_is_logged_with_its_schedule(tmp_path):
     assert [line["lr"] for line in log] == pytest.approx(expected)
 
 
+def test_the_best_step_on_a_development_file_is_kept(tmp_path, monkeypatch, capsys):
+    """With the score in the log; a run that was stopped keeps the same."""
+    scores = {2: 0.3, 4: 0.5, 6: 0.4, 7: 0.1}
+    file = tmp_path / "dev.tsv"
+    file.write_text("5\ta\tb\n1\tc\td\n")
+    changes = {"steps": 7, "save_every": 2, "dev": str(file)}
+    seen, stop = {}, []
+
+    def sts(model, _):
+        step = len(log_of(run)) + 1 if (run / "log.jsonl").exists() else 1
+        seen[step] = weights(model)
+        if step in stop:
+            raise KeyboardInterrupt
+        model.decoder.train(False)
+        return {"dev": scores[step]}
+
+    monkeypatch.setattr(benchmarks, "sts", sts)
+    made = []
+    for name in ("whole", "stopped"):
+        run = tmp_path / name
+        if name == "stopped":
+            stop.append(6)
+            with pytest.raises(KeyboardInterrupt):
+                go("simcse", run, tiny(2), **changes)
+            stop.clear()
+        go("simcse", run, tiny(2), **changes)
+        assert {x["step"]: x["dev"] for x in log_of(run) if "dev" in x} == scores
+        made.append(load_file(run / "adapter_model.safetensors"))
+        assert not (run / "best.safetensors").exists()
+    assert f"the best step is kept, which scored 0.5000 on {file}" in capsys.readouterr().out
+    for name, weight in made[0].items():
+        assert torch.equal(weight, made[1][name])
+        assert torch.equal(weight, seen[4][name.removeprefix("base_model.model.")])
+    with pytest.raises(FileNotFoundError, match="nowhere.tsv"):
+        go("simcse", tmp_path / "none", tiny(1), dev="nowhere.tsv")
+
+
+def test_an_adapter_of_a_run_that_is_not_finished_is_that_of_its_newest_state(
+    tmp_path, monkeypatch, capsys
+):
+    model, seen = tiny(2), []
+
+    def stop(step: int, *_) -> float:
+        seen.append(weights(model))
+        return 1 / 0 if step == 5 else 1e-3
+
+    monkeypatch.setattr(train, "learning_rate", stop)
+    with pytest.raises(ZeroDivisionError):
+        go("mntp", tmp_path, model, steps=9, save_every=2)
+    again = tiny(2)
+    lora.load_adapter(again.decoder, tmp_path)
+    assert "state-00000004.safetensors: the adapter of a run that is not" in capsys.readouterr().err
+    assert weights(again).keys() == seen[8].keys()  # before step 4 moves them, twice a step
+    for name, weight in weights(again).items():
+        assert torch.equal(weight, seen[8][name])
+
+
+def test_sentences_are_counted_and_lines_may_be_texts(tmp_path, capsys):
+    documents = ["One sentence here. Two of them.\nA line. " + "And a very long one " * 20 + "."]
+    go("simcse", tmp_path / "a", tiny(1), documents, steps=1)
+    assert "4 texts, of " in (said := capsys.readouterr().out)
+    assert "25.0% are cut at --length 32" in said
+    go("simcse", tmp_path / "b", tiny(1), documents, steps=1, split="line")
+    assert "2 texts, of " in capsys.readouterr().out
+
+
 def test_the_loop_trains_whatever_it_is_told_to(tmp_path, capsys):
     """All weights instead of adapters: stopped, resumed, finished, and read back."""
     all_weights = Trained(
@@ -423,10 +489,11 @@ def test_a_new_entry_among_the_stages_is_a_command(monkeypatch, command):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_of_a_stage_is_a_flag_with_the_presets_in_its_help(stage, command):
     values = {f.name: 3 if f.type in (int, int | None) else 0.25 for f in fields(Settings)}
-    values |= {"pooling": "last", "mask_token": "x"}
+    values |= {"pooling": "last", "mask_token": "x", "split": "line", "dev": "d.tsv"}
     flags = {n: ["--" + n.replace("_", "-"), str(value)] for n, value in values.items()}
     start = [stage, "--model", "m", "--output", "o"]
-    for name in {"mntp": ("scale", "pooling")}.get(stage, ("mask_rate", "mask_token")):
+    others = {"mntp": ("scale", "pooling", "split", "dev"), "simcse": ("mask_rate", "mask_token")}
+    for name in others.get(stage, ("mask_rate", "mask_token", "split")):
         assert command(*start, *flags.pop(name))[0] == 2, "of other stages"
     args = train.parser().parse_args([*start, *sum(flags.values(), [])])
     with pytest.raises(ValueError, match="--steps and --epochs: give one of them"):
