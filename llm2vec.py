@@ -959,11 +959,12 @@ def main() -> None:
         args.adapters, args.texts = args.adapters[:n], args.adapters[n:]
     how = {"pooling": args.pooling, "max_length": args.max_length, "separator": args.separator}
     model = load(args, **how)
-    if args.command == "encode":
-        from data.files import encode_file
+    from data.files import count_cut, encode_file, tell_cut
 
+    if args.command == "encode":
         encode_file(model, args.input, args.output, args.instruction, args.normalize)
         return
+    tell_cut(model, count_cut(model, args.texts, args.instruction), len(args.texts))
     vectors = torch.from_numpy(model.encode(args.texts, args.instruction, normalize=True))
     for row, text in zip((vectors @ vectors.T).tolist(), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)

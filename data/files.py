@@ -80,8 +80,7 @@ def encode_file(
                 print(f"\r{done} texts, {pace:.0f} a second", end="", file=sys.stderr, flush=True)
         if RANK == 0:
             print(file=sys.stderr)
-        if cut:
-            print(f"{cut} of {done} texts {cut_at(model)}", file=sys.stderr)
+        tell_cut(model, cut, done)
         if target != "-":
             if not as_json:
                 out.seek(0)
@@ -98,8 +97,11 @@ def count_cut(model: LLM2Vec, texts: list[str], instruction: str | None = None) 
     return sum(len(ids) > model.max_length for ids, _ in rows)
 
 
-def cut_at(model: LLM2Vec) -> str:
-    return f"are longer than {model.max_length} tokens, and cut there; --max-length raises it"
+def tell_cut(model: LLM2Vec, cut: int, number: int) -> None:
+    """Say on standard error how many of a number of texts are cut."""
+    if cut:
+        what = f"{cut} of {number} texts are cut at {model.max_length} tokens"
+        print(f"{what}, which --max-length sets", file=sys.stderr)
 
 
 def read_records(source: str) -> Iterator[dict]:

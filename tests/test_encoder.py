@@ -19,7 +19,7 @@ import llm2vec
 from data.corpus import WIKIPEDIA, read_documents
 from data.files import encode_file
 from llm2vec import POOLING, Decoder, LLM2Vec, load_tokenizer, tokenize
-from lora import add_lora, save_adapter
+from lora import add_lora, merge_lora, save_adapter
 
 ROOT = Path(__file__).parent.parent
 TINY, GOLDEN = ROOT / "data" / "tiny-llama", ROOT / "tests" / "golden"
@@ -316,6 +316,53 @@ def test_the_command_line_compares(encoder, monkeypatch, capsys):
     cosine = f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.3f}"
     said = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     assert said == [["1.000", cosine, texts[0]], [cosine, "1.000", texts[1]]]
+
+
+def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, monkeypatch, capsys):
+    """Which stand behind them, where argparse would take them for adapters."""
+    model, texts = LLM2Vec.from_pretrained(folder), ["a b", "c"]
+    for name in ("one", "two"):
+        for parameter in add_lora(model.decoder, rank=2):
+            torch.nn.init.normal_(parameter)
+        save_adapter(model.decoder, tmp_path / name)
+        merge_lora(model.decoder)
+    adapters = [str(tmp_path / "one"), str(tmp_path / "two")]
+    a, b = model.encode(texts, normalize=True)
+    start = ["llm2vec.py", "similar", "--model", str(folder), "--dtype", "float32"]
+    for args in (["--adapters", *adapters, *texts], [*texts, "--adapters", *adapters]):
+        monkeypatch.setattr(sys, "argv", [*start, *args])
+        llm2vec.main()
+        first, _ = capsys.readouterr().out.splitlines()
+        assert first.split() == ["1.000", f"{a @ b:.3f}", "a", "b"]
+    for args, said in ((adapters, "no sentences"), ([str(tmp_path / "thre"), *texts], "thre: no")):
+        monkeypatch.setattr(sys, "argv", [*start, "--adapters", *args])
+        with pytest.raises(SystemExit) as end:
+            llm2vec.run(llm2vec.main)
+        assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_flags_of_encode_say_how_and_standard_error_how_much(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "t.txt").write_text("a b c a b c\na\nfind this\n")
+    how = ["--max-length", "4", "--pooling", "last", "--normalize", "--dtype", "bfloat16"]
+    files = ["--input", str(tmp_path / "t.txt"), "--output", str(tmp_path / "v.npy")]
+    monkeypatch.setattr(sys, "argv", ["llm2vec.py", "encode", "--model", str(folder), *files, *how])
+    llm2vec.main()
+    options = {"max_length": 4, "pooling": "last", "dtype": torch.bfloat16}
+    model = LLM2Vec.from_pretrained(folder, **options)
+    expected = model.encode(["a b c a b c", "a", "find this"], normalize=True)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-6)
+    said = capsys.readouterr().err.splitlines()[-1]
+    cut = sum(len(ids) > 4 for ids, _ in model.rows(["a b c a b c", "a", "find this"], None, 99))
+    assert said == f"{cut} of 3 texts are cut at 4 tokens, which --max-length sets" and cut > 0
+
+
+def test_one_string_is_one_vector(encoder):
+    vector = encoder.encode("A man plays a guitar.")
+    assert vector.shape == (encoder.decoder.config.hidden_size,)
+    assert np.array_equal(vector, encoder.encode(["A man plays a guitar."])[0])
+    with pytest.raises(TypeError, match="normalize_embeddings"):
+        encoder.encode(["a"], normalize_embeddings=True)  # never taken and ignored
 
 
 @pytest.mark.parametrize(
