@@ -721,7 +721,8 @@ def run_stage(args: argparse.Namespace) -> None:
     else:
         data, _ = split_documents(read_documents(args.corpus, args.errors))
     # What does not fit on a GPU as it is passes through the memory of the machine.
-    model = load_for_training(args, **({"device": "cpu"} if args.quantize else {}))
+    how = {"separator": args.separator} if stage.pairs else {}
+    model = load_for_training(args, **how, **({"device": "cpu"} if args.quantize else {}))
     if args.quantize:
         lora.quantize_nf4(model.decoder, args.device or llm2vec.default_device())
     once(lambda: clear(output, args.overwrite))
@@ -844,6 +845,8 @@ def parser() -> argparse.ArgumentParser:
             add("--pairs", nargs="+", default=[PAIRS], metavar="FILE", help=text + " of such files")
             text = "in front of the queries: one for each of --pairs, or one for all"
             add("--instructions", nargs="+", default=[None], metavar="TEXT", help=text)
+            text = "between instruction and text (default: as the folder says, else a line break)"
+            add("--separator", help=text)
         else:
             add("--corpus", default=WIKIPEDIA, help=corpus)
             text = "what to do with lines that hold no text (default: %(default)s)"
