@@ -233,12 +233,15 @@ def draw_method(args: argparse.Namespace) -> str:
 
 
 def shades(cosines: np.ndarray, place: str) -> str:
-    """A path over the cells (layer, position) of each twentieth from 0 to 1, fuller towards 1."""
-    level, parts = np.round(np.clip(cosines, 0, 1) * 20), []
+    """A path over the cells (layer, position) of each shade, moved and scaled by `place`.
+
+    A shade is the cube of its cosine: most are near 1, and would look the same.
+    """
+    level, parts = np.round(np.clip(cosines, 0, 1) * 40), []
     for value in np.unique(level[level > 0]).tolist():
         cells = np.argwhere(level == value).tolist()
         d = "".join(f"M{i} {len(cosines) - layer - 0.5}h1" for layer, i in cells)
-        parts.append(path("blue", d, 1, stroke_opacity=value / 20))
+        parts.append(path("blue", d, 1, stroke_opacity=(value / 40) ** 3))
     return f'<g transform="{place}" shape-rendering="crispEdges">{"".join(parts)}</g>'
 
 

@@ -169,7 +169,7 @@ def test_a_heat_map_shades_every_cell_by_its_cosine():
     panels["+ MNTP"][0, 0] = 1
     root = checked(heat_map_svg(panels))
     shaded = [(p.get("stroke-opacity"), p.get("d")) for p in root.iter(f"{SVG}path")]
-    assert [opacity for opacity, _ in shaded[:2]] == ["0.5", "1"]
+    assert [opacity for opacity, _ in shaded[:2]] == ["0.125", "1"]
     assert len(set(re.findall(r"M[\d.]+ [\d.]+h1", shaded[0][1]))) == 15
     assert shaded[1][1] == "M0 2.5h1", "the first layer is the lowest row; NaN is left out"
     assert {"base <&>", "+ MNTP", "mean 0.50", "mean 1.00"} <= set(said_in(root))
