@@ -1,9 +1,12 @@
-"""Pictures: what looking both ways changes in a model, and how a run went.
+"""Pictures: the method's three steps, what they change in a model, a run's loss, its scores.
 
+    python train.py && python -m data.figures method
     python -m data.figures layers --model MODEL --adapters MNTP SIMCSE --output layers.svg
     python -m data.figures curves RUN
+    python -m data.figures bars RUN/results.json --output results.svg
 
-An SVG is text, so no plotting package is needed; a heat map for the terminal is made of shades.
+An SVG is text, so no plotting package is needed. Its colours follow the reader's light or dark
+mode, and it has no background of its own.
 """
 
 import argparse
@@ -21,19 +24,22 @@ import torch.nn.functional as F
 
 import llm2vec
 import lora
-from data.benchmarks import held_out_of, read_lines
+from data.benchmarks import held_out_of, mask_id_of, read_lines
 from data.corpus import WIKIPEDIA, sentences
-from llm2vec import LLM2Vec, batches_by_length, pad
+from llm2vec import LLM2Vec, pad, tokenize
 
-SHADES = " ·░▒▓█"
-# Of cosines from 0 to 1: dark blue, blue, green, light green, yellow.
-COLOURS = [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]
+HERE = Path(__file__).parent
+# What the picture of the method reads: each word is one token of the tiny model.
+SENTENCE, HIDDEN = "The official language is French.", "language"
+OTHERS = ["Most people speak French.", "The two countries share a border."]
+OTHERS += ["Paris is the capital of France.", "A man is playing a guitar."]
+
+
+# --- What is measured --------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def layer_cosines(
-    encoder: LLM2Vec, texts: Sequence[str], positions: int = 32, max_tokens: int = 1024
-) -> np.ndarray:
+def layer_cosines(encoder: LLM2Vec, texts: Sequence[str], positions: int = 32) -> np.ndarray:
     """How alike the hidden states of causal and bidirectional attention are, before any training.
 
     The cosine between the two states of each token after each layer (before the final norm),
@@ -45,199 +51,309 @@ def layer_cosines(
     for view, is_causal in zip(both_ways, (True, False), strict=True):
         view.config = replace(decoder.config, is_causal=is_causal)
     layers = len(decoder.layers)
-    rows = [ids for ids, _ in llm2vec.tokenize(encoder.tokenizer, texts, positions)]
     total, count = torch.zeros(layers, positions), torch.zeros(positions)
-    for batch in batches_by_length([len(ids) for ids in rows], max_tokens):
-        ids = pad([rows[i] for i in batch], decoder.device)
-        segments = pad([[1] * len(rows[i]) for i in batch], decoder.device)
-        states = [view(ids, segments, last=layers) for view in both_ways]  # (layers, B, T, d)
-        cosine = F.cosine_similarity(*states, dim=-1) * segments
-        total[:, : ids.shape[1]] += cosine.sum(1).cpu()
-        count[: ids.shape[1]] += segments.sum(0).cpu()
+    for ids, _ in tokenize(encoder.tokenizer, texts, positions):
+        states = [view(pad([ids], decoder.device), last=layers) for view in both_ways]
+        total[:, : len(ids)] += F.cosine_similarity(*states, dim=-1)[:, 0].cpu()  # (layers, T)
+        count[: len(ids)] += 1
     return torch.where(count > 0, total / count, math.nan).numpy()
 
 
-def mean(cosines: Sequence[float] | np.ndarray) -> float:
-    known = np.asarray(cosines)[~np.isnan(cosines)]
-    return float(known.mean()) if len(known) else math.nan
+@torch.no_grad()
+def guesses(encoder: LLM2Vec, sentence: str, word: str) -> tuple[list[str], dict[str, float]]:
+    """The tokens of a sentence, and what is guessed where `word` is hidden behind `_`.
+
+    The three likeliest tokens and their probabilities, likeliest first, then `word` if it is none
+    of them; as in MNTP, they are read off the state before the hidden token.
+    """
+    [(ids, own)] = tokenize(encoder.tokenizer, [sentence], encoder.max_length)
+    words = [encoder.tokenizer.decode([k]).strip() for k in ids]
+    if word not in words[1:]:
+        raise ValueError(f"{word!r} is not one token of this model: {' '.join(words)}")
+    i, decoder = words.index(word), encoder.decoder.train(False)
+    masked = pad([[*ids[:i], mask_id_of(encoder), *ids[i + 1 :]]], decoder.device)
+    chances = decoder.logits(decoder(masked)[0, i - 1]).float().softmax(-1)
+    shown = [*chances.topk(3).indices.tolist(), ids[i]]
+    named = {encoder.tokenizer.decode([k]).strip(): chances[k].item() for k in shown}
+    return words[own.index(True) :], named
 
 
-def heat_map(cosines: np.ndarray, title: str) -> str:
-    """(layers, positions) as lines of shades, the last layer on top; two characters a position."""
-    lines, n = [f"{title}: cosine of causal and bidirectional states"], len(SHADES)
-    for layer, row in reversed(list(enumerate(cosines, start=1))):
-        shades = "".join(
-            "? " if math.isnan(c) else 2 * SHADES[int(min(max(0, c) * n, n - 1))]
-            for c in row.tolist()
-        )
-        lines.append(f"layer {layer:3d} |{shades}| mean {mean(row):.2f}")
-    lines.append("token      " + "".join(f"{i:<16}" for i in range(0, cosines.shape[1], 8)))
-    scale = (f"{2 * s} from {i / n:.2f}" for i, s in enumerate(SHADES))
-    lines.append("           " + "  ".join(scale))
-    return "\n".join(lines) + "\n"
+@torch.no_grad()
+def view_cosines(encoder: LLM2Vec, texts: Sequence[str], draws: int = 32) -> list[float]:
+    """The cosines that SimCSE trains, of the first text and each text (itself too) read again.
+
+    Each reading has its own dropout, the paper's 0.3 on attention; the mean of so many draws.
+    """
+    decoder, rows = encoder.decoder, tokenize(encoder.tokenizer, texts, encoder.max_length)
+    before, decoder.config.attention_dropout = decoder.config.attention_dropout, 0.3
+    decoder.train()
+    torch.manual_seed(0)
+    views = [F.normalize(encoder.embed(rows + rows), dim=-1) for _ in range(draws)]
+    decoder.train(False).config.attention_dropout = before
+    return torch.stack([view[len(rows) :] @ view[0] for view in views]).mean(0).tolist()
 
 
 # --- SVG ---------------------------------------------------------------------------------------
 
+COLOURS = {  # on a light background, and on a dark one
+    "ink": ("#1f2328", "#f0f6fc"),
+    "muted": ("#59636e", "#9198a1"),
+    "rule": ("#d1d9e0", "#3d444d"),
+    "blue": ("#0969da", "#4493f7"),
+    "orange": ("#bc4c00", "#f0883e"),
+}
+FONT = 'font-family="system-ui,-apple-system,Segoe UI,Helvetica,Arial,sans-serif" font-size="12"'
+
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
-    size = f'width="{width:g}" height="{height:g}"'
-    space = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}"'
-    start = f'<svg {space} {size} font-family="sans-serif" font-size="11">'
-    return "\n".join([start, f'<rect {size} fill="#fff"/>', *parts, "</svg>"]) + "\n"
+    """A picture that scales with the page, and follows its light or dark mode even in <img>."""
+    light, dark = ("".join(f".{k}{{color:{c[i]}}}" for k, c in COLOURS.items()) for i in (0, 1))
+    style = "text,rect,circle{fill:currentColor}path{fill:none;stroke:currentColor}"
+    style += f"{light}@media(prefers-color-scheme:dark){{{dark}}}"
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}><style>{style}</style>'
+    return "\n".join([start, *parts, "</svg>"]) + "\n"
 
 
-def text(x: float, y: float, content: object, anchor: str = "start", **attributes: str) -> str:
-    more = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
-    start = f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{more}>'
-    return f"{start}{escape(str(content))}</text>"
+def tag(name: str, kind: str, content: object = "", **attributes: object) -> str:
+    """An element in a colour of COLOURS; an underscore in an attribute's name is a dash."""
+    values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in attributes.items()}
+    said = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in values.items())
+    return f'<{name} class="{kind}"{said}>{escape(str(content))}</{name}>'
 
 
-def box(x: int, y: int, width: int, height: int, cosine: float) -> str:
-    """A rectangle of the cosine's colour; grey for NaN."""
-    colour = "#bbb"
-    if not math.isnan(cosine):
-        stops = np.linspace(0, 1, len(COLOURS))
-        mixed = (np.interp(cosine, stops, channel) for channel in zip(*COLOURS, strict=True))
-        colour = "#" + "".join(f"{round(part):02x}" for part in mixed)
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{colour}"/>'
+def text(x: float, y: float, content: object, kind="ink", anchor="start", **more: object) -> str:
+    return tag("text", kind, content, x=x, y=y, text_anchor=anchor, **more)
+
+
+def box(kind: str, x: float, y: float, width: float, height: float, **more: object) -> str:
+    return tag("rect", kind, x=x, y=y, width=width, height=height, rx=3, **more)
+
+
+def path(kind: str, d: str, width: float = 2, **more: object) -> str:
+    return tag("path", kind, d=d, stroke_width=width, **more)
+
+
+def dot(kind: str, x: float, y: float, hollow: bool = False) -> str:
+    ring = {"fill_opacity": 0, "stroke": "currentColor", "stroke_width": 2} if hollow else {}
+    return tag("circle", kind, cx=x, cy=y, r=4 if hollow else 5, **ring)
+
+
+def legend(kind: str, said: str, y: float, x: float = 0, hollow: bool = False) -> list[str]:
+    return [dot(kind, x + 6, y - 4, hollow), text(x + 18, y, said, "muted")]
+
+
+def panel(x: float, y: float, title: str, about: str, parts: Sequence[str]) -> str:
+    """Parts under a title and a line about them, moved to (x, y)."""
+    head = [text(0, 18, title, font_size=15, font_weight=600), text(0, 38, about, "muted")]
+    return "\n".join([f'<g transform="translate({x:g} {y:g})">', *head, *parts, "</g>"])
+
+
+def bars(
+    rows: dict[str, float], best: str, place: tuple[float, float], unit: float, pitch: int, how: str
+) -> list[str]:
+    """A bar for each row, `unit` long for 1; that of `best` is orange. `how` formats the number."""
+    parts, (x, y) = [], place
+    for k, (name, value) in enumerate(rows.items()):
+        kind, top, width = ("blue", "orange")[name == best], y + pitch * k, max(2, unit * value)
+        middle = top + pitch / 2 - 1
+        parts += [text(x - 10, middle, name, "ink", "end"), box(kind, x, top, width, pitch - 10)]
+        parts.append(text(x + width + 8, middle, format(value, how), kind))
+    return parts
+
+
+# --- The method --------------------------------------------------------------------------------
+
+
+def mask_panel(words: Sequence[str]) -> str:
+    """Step 1: a row for each token, with a cell for each that it attends to, blue if causally."""
+    T, left, top = len(words), 70, 112
+    cell, parts = 156 / T, legend("blue", "causal: what came before", 302)
+    parts += legend("orange", "step 1 adds what comes after", 322)
+    causal, both = (llm2vec.attention_mask(torch.ones(1, T), c) for c in (True, False))
+    both = torch.ones(1, 1, T, T) if both is None else both  # None: nothing is masked
+    for i, word in enumerate(words):
+        x, y = left + (i + 0.5) * cell, top + (i + 0.5) * cell
+        parts.append(text(0, 0, word, transform=f"translate({x + 4:g} {top - 8}) rotate(-45)"))
+        parts.append(text(left - 10, y + 4, word, anchor="end"))
+        for j in both[0, 0, i].nonzero().flatten().tolist():
+            kind = "blue" if causal[0, 0, i, j] else "orange"
+            parts.append(box(kind, left + j * cell, y - cell / 2, cell - 2, cell - 2))
+    return panel(0, 0, "1 · Look both ways", "The mask opens, no weight changes.", parts)
+
+
+def mntp_panel(words: Sequence[str], chances: dict[str, float], untrained: float) -> str:
+    """Step 2: the state before a hidden token, and what it guesses."""
+    i, x, parts = words.index(HIDDEN), 0.0, [box("ink", 0, 220, 270, 28, fill_opacity=0.08)]
+    shown, names = [*words[:i], "_", *words[i + 1 :]], {i - 1: "i − 1", i: "i"}
+    unit = 275 / sum(len(word) + 2.4 for word in shown)  # the width of a letter
+    for k, word in enumerate(shown):
+        width, kind = unit * (len(word) + 2.4) - 5, ("ink", "orange")[k == i]
+        middle = x + width / 2
+        parts.append(box(kind, x, 258, width, 26, fill_opacity=0.12))
+        parts.append(text(middle, 275, word, kind, "middle"))
+        parts.append(text(middle, 302, names.get(k, ""), "muted", "middle"))
+        parts.append(path("rule", f"M{middle:g} 258v-10m0 -28v-16", 1))
+        parts.append(dot(("rule", "blue")[k == i - 1], middle, 200))
+        if k == i - 1:
+            parts.append(path("blue", f"M{middle:g} 188v-46m-5 6l5 -6l5 6"))
+        x += width + 5
+    parts.append(text(135, 238, "decoder, looking both ways", "muted", "middle"))
+    parts += bars(dict(list(chances.items())[:3]), HIDDEN, (88, 64), 130, 24, ".0%")
+    parts.append(text(0, 322, f"Looking back only, untrained: {HIDDEN} {untrained:.0%}", "muted"))
+    return panel(285, 0, "2 · Name what is hidden", "MNTP: read off the state before it.", parts)
+
+
+def simcse_panel(texts: Sequence[str], before: Sequence[float], after: Sequence[float]) -> str:
+    """Step 3: cosines of a sentence with its second view, and with other sentences."""
+    parts = legend("muted", "before", 322, hollow=True)
+    parts += legend("muted", "after SimCSE", 322, 90)
+    for k, (said, *cosines) in enumerate(zip(texts, before, after, strict=True)):
+        y, kind, (x, x1) = 91 + 46 * k, ("blue", "orange")[k == 0], np.clip(cosines, 0, 1) * 150
+        parts += [text(0, y - 15, said), path("rule", f"M0 {y}H150")]
+        parts += [path(kind, f"M{x:.5g} {y}H{x1:.5g}"), dot(kind, x, y, True), dot(kind, x1, y)]
+        parts.append(text(240, y + 4, "{:.2f} → {:.2f}".format(*cosines), kind, "end"))
+    return panel(590, 0, "3 · Tell sentences apart", "SimCSE: cosines of this sentence with", parts)
+
+
+def draw_method(args: argparse.Namespace) -> str:
+    if len(args.adapters) != 2:
+        raise ValueError("--adapters: expected two, which MNTP and SimCSE trained")
+    texts, said = [SENTENCE, *OTHERS], ["itself, under other dropout", *OTHERS]
+    steps = (llm2vec.load(args, adapters=args.adapters[:n], is_causal=n == 0) for n in range(3))
+    untrained = guesses(next(steps), SENTENCE, HIDDEN)[1][HIDDEN]
+    model = next(steps)
+    words, chances = guesses(model, SENTENCE, HIDDEN)
+    before, after = view_cosines(model, texts), view_cosines(next(steps), texts)
+    panels = [mask_panel(words), mntp_panel(words, chances, untrained)]
+    return svg(830, 330, [*panels, simcse_panel(said, before, after)])
+
+
+# --- Layers ------------------------------------------------------------------------------------
+
+
+def shades(cosines: np.ndarray, place: str) -> str:
+    """A path over the cells (layer, position) of each shade, moved and scaled by `place`.
+
+    A shade is the cube of its cosine: most are near 1, and would look the same.
+    """
+    level, parts = np.round(np.clip(cosines, 0, 1) * 40), []
+    for value in np.unique(level[level > 0]).tolist():
+        cells = np.argwhere(level == value).tolist()
+        d = "".join(f"M{i} {len(cosines) - layer - 0.5}h1" for layer, i in cells)
+        parts.append(path("blue", d, 1, stroke_opacity=(value / 40) ** 3))
+    return f'<g transform="{place}" shape-rendering="crispEdges">{"".join(parts)}</g>'
 
 
 def heat_map_svg(panels: dict[str, np.ndarray]) -> str:
-    """Panels of (layers, positions) cosines side by side, by title, on one scale from 0 to 1."""
-    cell, left, top, gap = 7, 34, 38, 18
-    height = max(map(len, panels.values())) * cell
-    bottom, middle = top + height, top + height / 2
-    parts, x0 = [], left
+    """Panels of (layers, positions) cosines side by side, by title, the last layer on top."""
+    layers, positions = next(iter(panels.values())).shape
+    cell, x, parts = max(7, min(20, 120 / layers)), 30, []
+    bottom = 54 + layers * cell
     for title, cosines in panels.items():
-        layers, positions = cosines.shape
-        parts.append(text(x0, top - 20, title, font_weight="bold"))
-        parts.append(text(x0, top - 6, f"mean {mean(cosines):.2f}", fill="#555"))
-        for layer, row in enumerate(cosines.tolist(), start=1):
-            parts.append(f"<g><title>layer {layer}: mean {mean(row):.3f}</title>")
-            y = bottom - layer * cell
-            parts += [box(x0 + i * cell, y, cell, cell, cosine) for i, cosine in enumerate(row)]
-            parts.append("</g>")
+        own = [shades(cosines, f"translate(0 54) scale(7.5 {cell:g})")]
         for i in range(0, positions, 8):
-            parts.append(text(x0 + (i + 0.5) * cell, bottom + 13, i, "middle", fill="#555"))
-        parts.append(text(x0 + positions * cell / 2, bottom + 27, "token", "middle"))
-        if x0 == left:
-            for i in {0, layers - 1, *range(4, layers - 2, 5)}:
-                parts.append(text(left - 5, bottom - i * cell, i + 1, "end", fill="#555"))
-            turned = f"rotate(-90 10 {middle:g})"
-            parts.append(text(10, middle, "layer", "middle", transform=turned))
-        x0 += positions * cell + gap
-    y, x = bottom + 40, left + 236
-    parts.append(text(left, y + 10, "cosine of causal and bidirectional states: 0"))
-    parts += [box(x + 2 * i, y, 2, 12, i / 49) for i in range(50)]
-    parts.append(text(x + 106, y + 10, "1"))
-    return svg(max(x0 - gap + 12, x + 130), y + 22, parts)
+            own.append(text(7.5 * i + 4, bottom + 16, i, "muted", "middle"))
+        for i in {0, layers - 1, *range(4, layers - 2, 5)} if x == 30 else ():
+            own.append(text(-8, bottom - (i + 0.5) * cell + 4, i + 1, "muted", "end"))
+        parts.append(panel(x, 0, title, f"mean {np.nanmean(cosines):.2f}", own))
+        x += 7.5 * positions + 26
+    said = "Cosine of causal and bidirectional states, by layer (upwards) and token: 0"
+    parts += [text(30, bottom + 46, said, "muted"), text(620, bottom + 46, "1", "muted")]
+    parts.append(shades(np.arange(1, 21)[None] / 20, f"translate(490 {bottom + 36}) scale(6 12)"))
+    return svg(max(x - 22, 640), bottom + 58, parts)
 
 
-# --- Training curves ---------------------------------------------------------------------------
-
-
-def read_log(run: str | Path) -> dict[str, list[dict]]:
-    """The logs of a run folder, by stage: its own log.jsonl, or those of the folders in it."""
-
-    def parse(line: str) -> dict:
-        record = json.loads(line)
-        return record | {key: float(record[key]) for key in ("step", "loss", "lr")}
-
-    own, logs = Path(run) / "log.jsonl", {}
-    files = [own] if own.is_file() else list(Path(run).glob("*/log.jsonl"))
-    if not files:
-        raise FileNotFoundError(f"{run}: no log.jsonl, neither in it nor one folder below")
-    for file in sorted(files, key=lambda f: f.stat().st_mtime):
-        lines = read_lines(file, "a JSON object with step, loss and lr", parse)
-        if not lines:
-            raise ValueError(f"{file}: no step in it yet")
-        logs[file.parent.resolve().name] = lines
-    return logs
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """Some `count` round numbers that span low to high."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    raw = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * k for k in (1, 2, 2.5, 5, 10) if unit * k >= raw * 0.999)
-    first = math.floor(low / step + 1e-9)
-    return [step * i for i in range(first, math.ceil(high / step - 1e-9) + 1)]
-
-
-def curves_svg(runs: dict[str, list[dict]]) -> str:
-    """Loss (blue, left axis) and learning rate (orange, right axis) by step; a panel a stage."""
-    width, height, left, top, gap = 300, 180, 52, 40, 120
-    parts, x0 = [], left
-    for title, lines in runs.items():
-        x1, bottom = x0 + width, top + height
-        parts.append(text(x0, top - 22, title, font_weight="bold"))
-        steps = ticks(0, max(line["step"] for line in lines), 5)
-        for i in steps:
-            x = x0 + width * i / steps[-1]
-            parts.append(text(x, bottom + 15, f"{i:g}", "middle", fill="#555"))
-        parts.append(text(x0 + width / 2, bottom + 30, "step", "middle"))
-        for key, name, shade, edge, anchor, label, label_anchor in (
-            ("loss", "loss (nats)", "#1f5fa8", x0, "start", x0 - 6, "end"),
-            ("lr", "learning rate", "#c46210", x1, "end", x1 + 6, "start"),
-        ):
-            known = [line for line in lines if math.isfinite(line[key])]
-            values = [line[key] for line in known] or [0.0]
-            scale = ticks(min(0.0, *values), max(values), 4)
-            low, high = scale[0], scale[-1]
-            for value in scale:
-                y = top + height * (high - value) / (high - low)
-                if key == "loss":
-                    line = f'x1="{x0}" x2="{x1}" y1="{y:.1f}" y2="{y:.1f}"'
-                    parts.append(f'<line {line} stroke="#ddd"/>')
-                parts.append(text(label, y + 4, f"{value:.3g}", label_anchor, fill=shade))
-            points = " ".join(
-                f"{x0 + width * line['step'] / steps[-1]:.1f},"
-                f"{top + height * (high - line[key]) / (high - low):.1f}"
-                for line in known
-            )
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{shade}"/>')
-            parts.append(text(edge, top - 7, name, anchor, fill=shade))
-        x0 += width + gap
-    return svg(x0 - gap + 58, top + height + 40, parts)
-
-
-def draw_layers(args: argparse.Namespace) -> None:
-    held_out = held_out_of(args.corpus)
+def draw_layers(args: argparse.Namespace) -> str:
+    held_out, panels = held_out_of(args.corpus), {}
     texts = [sentence for document in held_out for sentence in sentences(document)][:200]
-    model = llm2vec.load(args, adapters=[])
-    panels = {Path(args.model).name: layer_cosines(model, texts)}
-    for adapter in args.adapters:
-        lora.load_adapter(model.decoder, adapter)
-        lora.merge_lora(model.decoder)
-        panels[f"+ {Path(adapter).name}"] = layer_cosines(model, texts)
-    for title, cosines in panels.items():
-        print(heat_map(cosines, title))
-    lora.write_whole(Path(args.output), heat_map_svg(panels).encode())
-    print(f"{args.output}: the same as a picture")
+    for n, name in enumerate([args.model, *args.adapters]):
+        title = ("+ " if n else "") + Path(name).name
+        cosines = layer_cosines(llm2vec.load(args, adapters=args.adapters[:n]), texts)
+        layers = " ".join(f"{c:.2f}" for c in np.nanmean(cosines, axis=1))
+        print(f"{title}: mean {np.nanmean(cosines):.2f}, by layer {layers}")
+        panels[title] = cosines
+    return heat_map_svg(panels)
 
 
-def draw_curves(args: argparse.Namespace) -> None:
-    file = Path(args.run) / "curves.svg"
-    lora.write_whole(file, curves_svg(read_log(args.run)).encode())
-    print(file)
+# --- Curves and bars ---------------------------------------------------------------------------
+
+
+def read_log(run: str | Path) -> dict[str, list[tuple[float, float]]]:
+    """Steps and their losses, by stage, from the log.jsonl of a run folder or of those in it."""
+
+    def parse(line: str) -> tuple[float, float]:
+        return float(json.loads(line)["step"]), float(json.loads(line)["loss"])
+
+    files = [*Path(run).glob("log.jsonl"), *Path(run).glob("*/log.jsonl")]
+    logs, expected = {}, "a JSON object with step and loss"
+    for file in sorted(files, key=lambda f: f.stat().st_mtime):
+        logs[file.parent.resolve().name] = read_lines(file, expected, parse)
+    if not any(logs.values()):
+        raise FileNotFoundError(f"{run}: no log.jsonl with a step, in it or one folder below")
+    return {stage: lines for stage, lines in logs.items() if lines}
+
+
+def curves_svg(runs: dict[str, list[tuple[float, float]]]) -> str:
+    """The loss by step, a panel for each stage, two in a row."""
+    parts, width, height, bottom = [], 340, 180, 238
+    for n, (title, lines) in enumerate(runs.items()):
+        known = [(step, loss) for step, loss in lines if math.isfinite(loss)]
+        steps, most, own = lines[-1][0], max([loss for _, loss in known] or [0]) or 1.0, []
+        unit = 10.0 ** math.floor(math.log10(most))
+        rules = math.ceil(most / unit)  # lines a unit apart, the last above all
+        for k in range(rules + 1):
+            y = bottom - height * k / rules
+            own.append(path("rule", f"M0 {y:g}H{width}", 1))
+            own.append(text(-8, y + 4, f"{unit * k:g}", "muted", "end"))
+        for k in range(5):
+            own.append(text(width * k / 4, bottom + 18, f"{steps * k / 4:g}", "muted", "middle"))
+        across, up = width / steps, height / rules / unit  # pixels for a step, and for a nat
+        points = (f"{across * step:.1f},{bottom - up * loss:.1f}" for step, loss in known)
+        own.append(path("blue", "M" + " ".join(points)))
+        parts.append(panel(44 + 420 * (n % 2), 276 * (n // 2), title, "loss (nats) by step", own))
+    return svg(410 if len(runs) == 1 else 830, 276 * math.ceil(len(runs) / 2), parts)
+
+
+def draw_bars(args: argparse.Namespace) -> str:
+    rows, name = llm2vec.read_json(Path(args.table)), args.score
+    with llm2vec.reading(args.table):
+        scores = {row: float(scores[name]) for row, scores in rows.items() if name in scores}
+        if not scores:
+            raise ValueError(f"no row has the score {name}")
+    best = max(scores, key=scores.get)
+    parts = bars(scores, best, (200, 36), 560 / max(scores[best], 1e-9), 34, ".3f")
+    return svg(830, 40 + 34 * len(scores), [panel(0, 0, args.title or name, "", parts)])
+
+
+# --- Command line ------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.figures", description="Draw pictures.")
     commands = parser.add_subparsers(required=True)
+    method = commands.add_parser("method", help="the three steps, with a model's own numbers")
+    llm2vec.add_model_flags(method, default=HERE / "tiny-llama")
+    adapters, output = ["runs/tiny/mntp", "runs/tiny/simcse"], HERE / "pictures" / "method.svg"
+    method.set_defaults(draw=draw_method, adapters=adapters, output=output)
     layers = commands.add_parser("layers", help="what looking both ways changes, layer by layer")
     llm2vec.add_model_flags(layers, required=True)
     layers.add_argument("--corpus", default=WIKIPEDIA, help="its held-out documents are read")
-    layers.add_argument("--output", default="layers.svg", help="(default: %(default)s)")
-    layers.set_defaults(draw=draw_layers)
-    curves = commands.add_parser("curves", help="the loss and learning rate of a run: curves.svg")
+    layers.set_defaults(draw=draw_layers, output="layers.svg")
+    curves = commands.add_parser("curves", help="the loss of a run: RUN/curves.svg")
     curves.add_argument("run", metavar="RUN", help="folder with a log.jsonl, or with such folders")
-    curves.set_defaults(draw=draw_curves)
+    curves.set_defaults(draw=lambda args: curves_svg(read_log(args.run)), output=None)
+    table = commands.add_parser("bars", help="a score of each row of a table")
+    table.add_argument("table", metavar="TABLE", help="results.json, as train.py writes it")
+    table.add_argument("--score", default="stsb-test", help="its name there (default: %(default)s)")
+    table.add_argument("--title", help="(default: the name)")
+    table.set_defaults(draw=draw_bars, output="bars.svg")
+    for made in commands.choices.values():
+        made.add_argument("--output", default=made.get_default("output"), help="file to write")
     args = parser.parse_args()
-    args.draw(args)
+    picture, file = args.draw(args), Path(args.output or f"{args.run}/curves.svg")
+    lora.write_whole(file, picture.encode())
+    print(file)
 
 
 if __name__ == "__main__":
