@@ -165,7 +165,7 @@ def bars(
 # --- The method --------------------------------------------------------------------------------
 
 
-def mask_panel(words: Sequence[str]) -> str:
+def mask_panel(place: tuple[float, float], words: Sequence[str]) -> str:
     """Step 1: a row for each token, with a cell for each that it attends to, blue if causally."""
     T, left, top = len(words), 70, 112
     cell, parts = 156 / T, legend("blue", "causal: what came before", 302)
@@ -179,10 +179,12 @@ def mask_panel(words: Sequence[str]) -> str:
         for j in both[0, 0, i].nonzero().flatten().tolist():
             kind = "blue" if causal[0, 0, i, j] else "orange"
             parts.append(box(kind, left + j * cell, y - cell / 2, cell - 2, cell - 2))
-    return panel(0, 0, "1 · Look both ways", "The mask opens, no weight changes.", parts)
+    return panel(*place, "1 · Look both ways", "The mask opens, no weight changes.", parts)
 
 
-def mntp_panel(words: Sequence[str], chances: dict[str, float], untrained: float) -> str:
+def mntp_panel(
+    place: tuple[float, float], words: Sequence[str], chances: dict[str, float], untrained: float
+) -> str:
     """Step 2: the state before a hidden token, and what it guesses."""
     i, x, parts = words.index(HIDDEN), 0.0, [box("ink", 0, 220, 270, 28, fill_opacity=0.08)]
     shown, names = [*words[:i], "_", *words[i + 1 :]], {i - 1: "i − 1", i: "i"}
@@ -201,10 +203,15 @@ def mntp_panel(words: Sequence[str], chances: dict[str, float], untrained: float
     parts.append(text(135, 238, "decoder, looking both ways", "muted", "middle"))
     parts += bars(dict(list(chances.items())[:3]), HIDDEN, (88, 64), 130, 24, ".0%")
     parts.append(text(0, 322, f"Looking back only, untrained: {HIDDEN} {untrained:.0%}", "muted"))
-    return panel(285, 0, "2 · Name what is hidden", "MNTP: read off the state before it.", parts)
+    return panel(*place, "2 · Name what is hidden", "MNTP: read off the state before it.", parts)
 
 
-def simcse_panel(texts: Sequence[str], before: Sequence[float], after: Sequence[float]) -> str:
+def simcse_panel(
+    place: tuple[float, float],
+    texts: Sequence[str],
+    before: Sequence[float],
+    after: Sequence[float],
+) -> str:
     """Step 3: cosines of a sentence with its second view, and with other sentences."""
     parts = legend("muted", "before", 322, hollow=True)
     parts += legend("muted", "after SimCSE", 322, 90)
@@ -213,7 +220,7 @@ def simcse_panel(texts: Sequence[str], before: Sequence[float], after: Sequence[
         parts += [text(0, y - 15, said), path("rule", f"M0 {y}H150")]
         parts += [path(kind, f"M{x:.5g} {y}H{x1:.5g}"), dot(kind, x, y, True), dot(kind, x1, y)]
         parts.append(text(240, y + 4, "{:.2f} → {:.2f}".format(*cosines), kind, "end"))
-    return panel(590, 0, "3 · Tell sentences apart", "SimCSE: cosines of this sentence with", parts)
+    return panel(*place, "3 · Tell sentences apart", "SimCSE: cosines of this sentence with", parts)
 
 
 def draw_method(args: argparse.Namespace) -> str:
@@ -225,8 +232,10 @@ def draw_method(args: argparse.Namespace) -> str:
     model = next(steps)
     words, chances = guesses(model, SENTENCE, HIDDEN)
     before, after = view_cosines(model, texts), view_cosines(next(steps), texts)
-    panels = [mask_panel(words), mntp_panel(words, chances, untrained)]
-    return svg(830, 330, [*panels, simcse_panel(said, before, after)])
+    places = [(30, 0), (30, 360), (30, 720)] if args.narrow else [(0, 0), (285, 0), (590, 0)]
+    first, second = mask_panel(places[0], words), mntp_panel(places[1], words, chances, untrained)
+    third = simcse_panel(places[2], said, before, after)
+    return svg(*((330, 1050) if args.narrow else (830, 330)), [first, second, third])
 
 
 # --- Layers ------------------------------------------------------------------------------------
@@ -335,6 +344,7 @@ def main() -> None:
     method = commands.add_parser("method", help="the three steps, with a model's own numbers")
     llm2vec.add_model_flags(method, default=HERE / "tiny-llama")
     adapters, output = ["runs/tiny/mntp", "runs/tiny/simcse"], HERE / "pictures" / "method.svg"
+    method.add_argument("--narrow", action="store_true", help="the steps one below the other")
     method.set_defaults(draw=draw_method, adapters=adapters, output=output)
     layers = commands.add_parser("layers", help="what looking both ways changes, layer by layer")
     llm2vec.add_model_flags(layers, required=True)

@@ -70,7 +70,7 @@ def said_in(root: ElementTree.Element) -> list[str]:
 def test_the_picture_of_the_mask_has_the_cells_of_the_mask(T):
     words = [f"w{i} <&>" for i in range(T)]
     root = ElementTree.fromstring(
-        figures.mask_panel(words).replace("<g ", f'<g xmlns="{SVG[1:-1]}" ')
+        figures.mask_panel((0, 0), words).replace("<g ", f'<g xmlns="{SVG[1:-1]}" ')
     )
     causal = attention_mask(torch.ones(1, T), is_causal=True)
     kinds = [box.get("class") for box in root.iter(f"{SVG}rect")]
@@ -120,6 +120,8 @@ def test_the_method_is_drawn_with_the_numbers_of_a_model(tmp_path, adapters, mon
     texts = [figures.SENTENCE, *figures.OTHERS]
     for pair in zip(view_cosines(mntp, texts), view_cosines(simcse, texts), strict=True):
         assert "{:.2f} → {:.2f}".format(*pair) in said
+    narrow = draw(monkeypatch, file, "method", "--narrow", "--adapters", *adapters, *how)
+    assert said_in(narrow) == said and float(narrow.get("width")) < 380
     with pytest.raises(ValueError, match="expected two"):
         draw(monkeypatch, file, "method", "--adapters", adapters[0])
 
