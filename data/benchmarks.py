@@ -431,6 +431,17 @@ def held_out_of(corpus: str | Path) -> list[str]:
     return held_out
 
 
+def over_seeds(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Scores of one seed as they are; of several their mean, and the range in two more rows."""
+    kinds = {"": np.mean, ", lowest": np.min, ", highest": np.max}
+    return {
+        name + kind: {key: float(of([run[key] for run in runs])) for key in runs[0]}
+        for name, runs in rows.items()
+        for kind, of in kinds.items()
+        if len(runs) > 1 or not kind
+    }
+
+
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Rows of scores as a Markdown table, which is as readable in a terminal."""
     columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))

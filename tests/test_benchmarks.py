@@ -313,6 +313,16 @@ def test_what_can_not_be_scored_is_said_before_the_long_work(encoder, monkeypatc
         bench.evaluate(encoder, [])
 
 
+def test_several_seeds_have_a_mean_and_a_range():
+    draw = np.random.default_rng(0).normal(size=(3, 2))
+    runs = [dict(zip(("STS", "seconds"), row, strict=True)) for row in draw.tolist()]
+    rows = bench.over_seeds({"causal": [{"STS": 0.5}], "+ mntp": runs})
+    assert list(rows) == ["causal", "+ mntp", "+ mntp, lowest", "+ mntp, highest"]
+    assert rows["causal"] == {"STS": 0.5}
+    found = [list(rows[f"+ mntp{kind}"].values()) for kind in ("", ", lowest", ", highest")]
+    np.testing.assert_allclose(found, [draw.mean(0), draw.min(0), draw.max(0)])
+
+
 def test_a_table_has_a_column_a_score_and_a_row_a_model():
     rows = {"a": {"STS": 0.5, "seconds": 61.4}, "longer": {"STS": -0.25, "masked tokens": 0.1}}
     assert bench.table(rows).splitlines() == [
