@@ -736,6 +736,14 @@ def run_stage(args: argparse.Namespace) -> None:
         save_encoder(model, output / "encoder")
 
 
+# What SimCSE makes of a model that MNTP did not train, and of one that looks back only.
+CONTROLS = [  # name, run folder, is_causal, pooling
+    ("simcse alone", "simcse-alone", False, "mean"),
+    ("causal + simcse", "simcse-causal", True, "mean"),
+    ("causal + simcse, weighted mean", "simcse-causal-weighted", True, "weighted_mean"),
+]
+
+
 def run_everything(args: argparse.Namespace) -> None:
     """The stages in order, scored before and after each; by default on the bundled tiny Llama."""
     output, rows = Path(args.output), {}
@@ -747,12 +755,13 @@ def run_everything(args: argparse.Namespace) -> None:
             plain = type(model) is LLM2Vec and model.pooling == "mean"
             which = benchmarks.BENCHMARKS if plain else ("sts", "articles")
             how = {"sts_files": benchmarks.STS_FILES}
-        rows[name] = benchmarks.evaluate(model, held_out, which, **how)
-        rows[name]["seconds"] = training + time.monotonic() - start
-        print(f"{name}: {json.dumps(rows[name])}", flush=True)
+        scores = benchmarks.evaluate(model, held_out, which, **how)
+        scores["seconds"] = training + time.monotonic() - start
+        rows.setdefault(name, []).append(scores)
+        print(f"{name}: {json.dumps(scores)}", flush=True)
 
-    def train(name: str, model: LLM2Vec, stage: str, folder: Path) -> None:
-        settings = settings_of(stage, args)
+    def train(name: str, model: LLM2Vec, stage: str, folder: Path, **changes) -> None:
+        settings = replace(settings_of(stage, args), **changes)
         say(f"{stage}: {settings.steps} steps of {settings.batch} x {settings.length} tokens")
         clear(folder, args.overwrite)
         data = read_pairs([PAIRS]) if STAGES[stage].pairs else documents
@@ -767,14 +776,21 @@ def run_everything(args: argparse.Namespace) -> None:
         score(name, baseline)
     model.decoder.config.is_causal = False  # step 1
     score("bidirectional, untrained", model)
-    for stage in args.stages:
-        train(f"+ {stage}", model, stage, output / stage)
-    save_encoder(model, output / "encoder")
-    if args.compare:
-        del model, baseline  # room for another one
-        train("simcse alone", load_for_training(args), "simcse", output / "simcse-alone")
-    lora.write_whole(output / "results.json", (json.dumps(rows, indent=2) + "\n").encode())
-    print(f"\n{benchmarks.table(rows)}")
+    for seed in args.seeds:
+        args.seed, folder = seed, output if seed == args.seeds[0] else output / f"seed-{seed}"
+        model = model or load_for_training(args)
+        for stage in args.stages:
+            train(f"+ {stage}", model, stage, folder / stage)
+        if folder == output:
+            save_encoder(model, output / "encoder")
+        model = baseline = None  # room for another one
+        for name, where, is_causal, pooling in CONTROLS if args.compare else ():
+            control = load_for_training(args, is_causal=is_causal)
+            train(name, control, "simcse", folder / where, pooling=pooling)
+            del control
+    results = rows if len(args.seeds) > 1 else {name: scores for name, [scores] in rows.items()}
+    lora.write_whole(output / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    print(f"\n{benchmarks.table(benchmarks.over_seeds(rows))}")
 
 
 def save_tokenizer(model: LLM2Vec, folder: Path) -> None:
@@ -829,7 +845,9 @@ def parser() -> argparse.ArgumentParser:
     add("--corpus", default=WIKIPEDIA, help=corpus)
     add("--output", default="runs/tiny", help="run folder (default: %(default)s)")
     add("--steps", type=int, help="steps of each stage (default: its settings)")
-    add("--compare", action="store_true", help="with every benchmark, baseline, and SimCSE alone")
+    text = "train with each, later ones in folders of their own; print mean and range (default: 0)"
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
+    add("--compare", action="store_true", help="with every benchmark, baseline and control")
     add("--overwrite", **overwrite)
     top.set_defaults(run=run_everything)
     commands = top.add_subparsers(dest="command", title="stages", metavar="STAGE")

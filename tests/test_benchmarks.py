@@ -265,6 +265,37 @@ def test_echo_pools_the_second_copy_of_each_text():
         np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("template", [None, "endoftext", "mistral"])
+def test_prompteol_reads_the_last_token_of_its_prompt(template):
+    """After a template's opening, with a text as the authors' code prepares it."""
+    texts = {
+        "An echo.": "An echo.",
+        'So "new"': "So 'new'",
+        "Is it?": "Is it.",
+        "No stop": "No stop.",
+    }
+    plain = LLM2Vec.from_pretrained(TINY, is_causal=True)
+    opening = {"endoftext": [0], "mistral": plain.tokenizer.encode("[INST]").ids}.get(template, [])
+    tokenizer = LLM2Vec.from_pretrained(TINY, template=template).tokenizer
+    model = bench.PromptEOL(plain.decoder, tokenizer, "last")
+    for found, text in zip(model.encode([*texts]), texts.values(), strict=True):
+        ids = plain.tokenizer.encode(f'This sentence : "{text}" means in one word:"').ids
+        expected = plain.decoder(pad([opening + ids]))[0, -1].detach().numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_prompteol_cuts_a_long_text_and_never_the_prompt(monkeypatch):
+    causal, rows = LLM2Vec.from_pretrained(TINY, is_causal=True, template="endoftext"), []
+    model = bench.PromptEOL(causal.decoder, causal.tokenizer, "last", max_length=99)
+    monkeypatch.setattr(LLM2Vec, "embed", lambda _, part: rows.extend(part) or torch.zeros(1, 256))
+    for text in ("One word. " * 99, "日本" * 99, "x" * 999, '"(' * 99, "short", ""):
+        model.encode([text])
+        ids, own = rows[-1]
+        read = causal.tokenizer.decode(ids)
+        assert read.startswith('This sentence : "') and read.endswith('" means in one word:"')
+        assert len(ids) == len(own) <= 99 and (len(ids) > 60 or len(text) < 9)
+
+
 def test_input_embeddings_are_read_off_the_table(encoder):
     bag = bench.InputEmbeddings(encoder.decoder, encoder.tokenizer)
     ids = encoder.tokenizer.encode("Words alone.").ids
@@ -280,6 +311,16 @@ def test_what_can_not_be_scored_is_said_before_the_long_work(encoder, monkeypatc
     monkeypatch.setattr(bench, "sts", lambda *_: pytest.fail("it was scored"))
     with pytest.raises(ValueError, match="0 tokens, too few for one block of 128"):
         bench.evaluate(encoder, [])
+
+
+def test_several_seeds_have_a_mean_and_a_range():
+    draw = np.random.default_rng(0).normal(size=(3, 2))
+    runs = [dict(zip(("STS", "seconds"), row, strict=True)) for row in draw.tolist()]
+    rows = bench.over_seeds({"causal": [{"STS": 0.5}], "+ mntp": runs})
+    assert list(rows) == ["causal", "+ mntp", "+ mntp, lowest", "+ mntp, highest"]
+    assert rows["causal"] == {"STS": 0.5}
+    found = [list(rows[f"+ mntp{kind}"].values()) for kind in ("", ", lowest", ", highest")]
+    np.testing.assert_allclose(found, [draw.mean(0), draw.min(0), draw.max(0)])
 
 
 def test_a_table_has_a_column_a_score_and_a_row_a_model():

@@ -458,10 +458,47 @@ def test_a_comparison_holds_one_model_at_a_time(monkeypatch, command):
     monkeypatch.setattr(benchmarks, "evaluate", lambda *_, **__: {"STS": 0.5})
     _, out, _ = command("--compare", "--steps", 1, "--dtype", "float32", "--output", "run")
     rows = json.loads(Path("run/results.json").read_text())
-    assert len(rows) == 9 and list(rows)[-1] == "simcse alone"
+    assert len(rows) == 12 and list(rows)[-3:] == [name for name, *_ in train.CONTROLS]
     assert all(f"| {name}" in out for name in rows)
     command("--model", TINY, "--baselines", main=benchmarks.main)
-    assert len(alive) == 4
+    assert len(alive) == 6
+
+
+def test_controls_and_seeds_are_trained_as_they_are_called(monkeypatch, command):
+    """Each with its own attention, pooling and seed, in its own folder; scored by name."""
+
+    def seen(model, _, settings, folder):
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text(json.dumps({"seconds": settings.seed}) + "\n")
+        trained[str(folder)] = model.decoder.config.is_causal, settings.pooling, settings.seed
+
+    trained = {}
+    for name in ("mntp", "simcse"):
+        monkeypatch.setitem(STAGES, name, STAGES[name]._replace(run=seen))
+    monkeypatch.setattr(benchmarks, "evaluate", lambda *_, **__: {"STS": 0.5})
+    status, out, errors = command(*SMALL[:6], "--compare", "--seeds", 5, 8, "--output", "run")
+    assert status == 0, errors
+    for seed, folder in ((5, "run"), (8, "run/seed-8")):
+        both_ways, causal = (False, "mean", seed), (True, "mean", seed)
+        for name in ("mntp", "simcse", "simcse-alone"):
+            assert trained.pop(f"{folder}/{name}") == both_ways
+        assert trained.pop(f"{folder}/simcse-causal") == causal
+        assert trained.pop(f"{folder}/simcse-causal-weighted") == (True, "weighted_mean", seed)
+    assert not trained and Path("run/encoder").exists() and not Path("run/seed-8/encoder").exists()
+    rows = json.loads(Path("run/results.json").read_text())
+    assert [len(runs) for runs in rows.values()] == 7 * [1] + 5 * [2]
+    seconds = [run["seconds"] for run in rows["causal + simcse, weighted mean"]]
+    assert seconds == pytest.approx([5, 8], abs=1)
+    for kind in ("", ", lowest", ", highest"):
+        assert f"| causal + simcse, weighted mean{kind} " in out
+
+
+def test_a_causal_run_is_not_taken_for_one_that_looks_both_ways(tmp_path):
+    causal = tiny(layers=1)
+    causal.decoder.config.is_causal = True
+    go("simcse", tmp_path, causal)
+    with pytest.raises(ValueError, match="a run with other settings, model was"):
+        go("simcse", tmp_path, tiny(layers=1))
 
 
 def test_a_new_entry_among_the_stages_is_a_command(monkeypatch, command):
