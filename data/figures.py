@@ -327,7 +327,10 @@ def curves_svg(runs: dict[str, list[tuple[float, float]]]) -> str:
 def draw_bars(args: argparse.Namespace) -> str:
     rows, name = llm2vec.read_json(Path(args.table)), args.score
     with llm2vec.reading(args.table):
-        scores = {row: float(scores[name]) for row, scores in rows.items() if name in scores}
+        runs = {row: r if isinstance(r, list) else [r] for row, r in rows.items()}  # of seeds
+        scores = {
+            row: float(np.mean([s[name] for s in r])) for row, r in runs.items() if name in r[0]
+        }
         if not scores:
             raise ValueError(f"no row has the score {name}")
     best = max(scores, key=scores.get)

@@ -252,7 +252,8 @@ def test_the_layers_command_draws_a_panel_for_each_adapter(tmp_path, adapters, m
 
 def test_bars_are_as_long_as_scores_are_high(tmp_path, monkeypatch):
     table, file = tmp_path / "results.json", tmp_path / "bars.svg"
-    rows = {"causal": {"sts": 0.2}, "<both>": {"sts": 0.4}, "no sts": {}, "bad": {"sts": -0.1}}
+    both = [{"sts": 0.3}, {"sts": 0.5}]  # of two seeds
+    rows = {"causal": {"sts": 0.2}, "<both>": both, "no sts": {}, "bad": {"sts": -0.1}}
     table.write_text(json.dumps(rows))
     root = draw(monkeypatch, file, "bars", table, "--score", "sts", "--output", file)
     found = [(b.get("class"), float(b.get("width"))) for b in root.iter(f"{SVG}rect")]
