@@ -29,39 +29,41 @@ def find_checkpoint(path_or_name: str | Path, *also: str) -> Path:
     """
     folder, there = local(path_or_name, CHECKPOINT)
     if not there.intersection(WEIGHTS):
-        raise FileNotFoundError(f"{path_or_name}: {instead_of_weights(folder, there)}")
+        raise FileNotFoundError(f"{path_or_name}: {instead_of_weights(path_or_name, there)}")
     for name in ("config.json", *also):
         if name not in there:
             what = f"{folder / name}: no such file"
             if name == "tokenizer.json" and "tokenizer.model" in there:
-                line = converted("Tokenizer", folder)
+                line = converted("Tokenizer", path_or_name)
                 what += f"; to make it of tokenizer.model: {line}"
             raise FileNotFoundError(what)
     return folder
 
 
-def instead_of_weights(folder: Path, there: set[str]) -> str:
-    """What a folder without model.safetensors holds, and what to do about it."""
+def instead_of_weights(path_or_name: str | Path, there: set[str]) -> str:
+    """What a checkpoint without model.safetensors holds, and what to do about it."""
     kinds = {Path(name).suffix for name in there}
     if "adapter_config.json" in there:
-        base = None
-        if (folder / "adapter_config.json").is_file():
-            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        file, base = Path(path_or_name) / "adapter_config.json", None
+        if file.is_file():
+            base = read_json(file).get("base_model_name_or_path")
         return f"is an adapter: give its base as the model, {base or 'BASE'}, and it as --adapters"
     if ".gguf" in kinds:
         return "has GGUF weights: take the safetensors that they were made from"
-    if "params.json" in there:
+    if "params.json" in there or ".pth" in kinds:
         return "is in the format of Meta or Mistral: take the folder for transformers (-hf)"
     if any(re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", name) for name in there):
-        line = converted("ModelForCausalLM", folder)
+        line = converted("ModelForCausalLM", path_or_name)
         return f"has .bin weights, which are not read, for they can run code; to convert: {line}"
-    return "no such file: model.safetensors"
+    others = sorted(name for name in there if name.endswith(".safetensors"))
+    return "no such file: model.safetensors" + (f", but {others[0]}" if others else "")
 
 
-def converted(kind: str, folder: Path, library: str = "transformers") -> str:
+def converted(kind: str, path_or_name: str | Path, library: str = "transformers") -> str:
     """The command by which a library saves anew what it reads."""
-    read = f"from {library} import Auto{kind} as A; A.from_pretrained('{folder}')"
-    return f"python -c \"{read}.save_pretrained('{folder}')\""
+    target = path_or_name if Path(path_or_name).is_dir() else Path(path_or_name).name
+    read = f"from {library} import Auto{kind} as A; A.from_pretrained('{path_or_name}')"
+    return f"python -c \"{read}.save_pretrained('{target}')\""
 
 
 def find_adapter(path_or_name: str | Path) -> Path:
@@ -70,7 +72,7 @@ def find_adapter(path_or_name: str | Path) -> Path:
     if "settings.json" in there and any(name.startswith("state-") for name in there):
         return folder
     if "adapter_model.bin" in there and ADAPTER[1] not in there:
-        line = converted("PeftModel", folder, "peft")
+        line = converted("PeftModel", path_or_name, "peft")
         what = f"has .bin weights, which are not read, for they can run code; to convert: {line}"
         raise FileNotFoundError(f"{path_or_name}: {what}")
     if there.intersection(WEIGHTS) and ADAPTER[0] not in there:
