@@ -708,12 +708,16 @@ class LLM2Vec:
         max_length: int = 512,
         separator: str = "\n",
         include_prompt: bool = False,
+        prompts: dict[str, str] | None = None,
     ):
-        """separator: see `tokenize`. include_prompt: pool BOS and instructions, too."""
+        """separator: see `tokenize`. include_prompt: pool BOS and instructions, too.
+
+        prompts: what sentence-transformers is told to put in front of a query or a document.
+        """
         self.decoder, self.tokenizer = decoder, tokenizer
         self.pooling, self.max_length = pooling, max_length
         self.separator, self.include_prompt = separator, include_prompt
-        self.prompts: dict[str, str] = {}  # sentence-transformers' in an exported folder, by name
+        self.prompts = dict(prompts or {})
         if pooling not in POOLING:
             raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
         # A token behind the embedding (<pad>, often) is made special: a text can't produce it then.
@@ -766,8 +770,8 @@ class LLM2Vec:
         decoder = Decoder.from_pretrained(folder, dtype, device)
         if not Path(path_or_name).is_dir():
             decoder.name_or_path = str(path_or_name)  # on the hub
-        both_ways = not how.pop("is_causal")  # step 1 of the method, entire
-        decoder.config.is_causal = not both_ways if is_causal is None else is_causal
+        said = how.pop("is_causal")  # False is step 1 of the method, entire
+        decoder.config.is_causal = said if is_causal is None else is_causal
         for adapter in adapters:
             from lora import load_adapter, merge_lora  # adapters are the next file to read
 

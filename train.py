@@ -721,7 +721,7 @@ def run_stage(args: argparse.Namespace) -> None:
     else:
         data, _ = split_documents(read_documents(args.corpus, args.errors))
     # What does not fit on a GPU as it is passes through the memory of the machine.
-    how = {"separator": args.separator} if stage.pairs else {}
+    how = {"pooling": settings.pooling} | ({"separator": args.separator} if stage.pairs else {})
     model = load_for_training(args, **how, **({"device": "cpu"} if args.quantize else {}))
     if args.quantize:
         lora.quantize_nf4(model.decoder, args.device or llm2vec.default_device())

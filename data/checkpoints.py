@@ -17,6 +17,7 @@ from llm2vec import Config, read_json, reading
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 CHECKPOINT = ["config.json", "tokenizer*", "model*.safetensors", "model.safetensors.index.json"]
 CHECKPOINT += ["modules.json", "*_Pooling/config.json", "sentence_bert_config.json"]
+CHECKPOINT += ["config_sentence_transformers.json"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -33,9 +34,10 @@ def find_checkpoint(path_or_name: str | Path, *also: str) -> Path:
     for name in ("config.json", *also):
         if name not in there:
             what = f"{folder / name}: no such file"
-            if name == "tokenizer.json" and "tokenizer.model" in there:
+            older = there.intersection(("tokenizer.model", "vocab.json"))
+            if name == "tokenizer.json" and older:
                 line = converted("Tokenizer", path_or_name)
-                what += f"; to make it of tokenizer.model: {line}"
+                what += f"; to make it of {older.pop()}: {line}"
             raise FileNotFoundError(what)
     return folder
 

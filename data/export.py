@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from llm2vec import FLOATS, POOLING, LLM2Vec, read_json, reading
 SHARD = 5 * 10**9  # bytes of weights in one file, at most, as on the Hugging Face hub
 NOTHING = "\u2063"  # a character that an exported tokenizer drops
 SENTENCE_BERT, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
+PROMPTS = "config_sentence_transformers.json"
 
 
 def save_encoder(model: LLM2Vec, folder: Path) -> None:
@@ -86,6 +88,12 @@ def described(folder: Path) -> dict[str, object]:
     for name, key in ((SENTENCE_BERT, "max_seq_length"), (TOKENIZER, "model_max_length")):
         lengths.append(read_json(folder / name).get(key) if (folder / name).exists() else None)
     said["max_length"] = lengths[1] or min(int(n) for n in (*lengths, 1e30) if n)
+    more = read_json(folder / PROMPTS) if (folder / PROMPTS).exists() else {}
+    prompts = {name: text.replace(NOTHING, "") for name, text in more.get("prompts", {}).items()}
+    said["prompts"] = {name: text for name, text in prompts.items() if text}
+    if default := prompts.get(more.get("default_prompt_name")):
+        what = f"its default prompt {default!r} is not read in front of texts"
+        print(f"{folder}: {what}; as an instruction, it is", file=sys.stderr)
     return said
 
 
@@ -170,7 +178,7 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
             "include_prompt": model.include_prompt,
         },
         SENTENCE_BERT: {"max_seq_length": model.max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {
+        PROMPTS: {
             "prompts": prompts | ({"default": lead} if lead else {}),
             "default_prompt_name": "default" if lead else None,
             "similarity_fn_name": "cosine",

@@ -78,13 +78,17 @@ def elsewhere(folder: Path, modules: list[str], **pooling) -> Path:
     return folder
 
 
-def test_a_folder_of_sentence_transformers_is_causal_and_pools_as_it_says(folder):
+def test_a_folder_of_sentence_transformers_is_causal_and_pools_as_it_says(folder, capsys):
     elsewhere(folder, ["Transformer", "Pooling", "Normalize"], pooling_mode="lasttoken")
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 33}')
     model = LLM2Vec.from_pretrained(folder)
     assert (model.pooling, model.max_length, model.decoder.config.is_causal) == ("last", 33, True)
     expected = LLM2Vec.from_pretrained(INTEROP / "base", pooling="last", is_causal=True)
     np.testing.assert_array_equal(model.encode(TEXTS), expected.encode(TEXTS))
+    prompts = {"prompts": {"query": "Q: ", "document": ""}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    assert LLM2Vec.from_pretrained(folder).prompts == {"query": "Q: "}
+    assert "its default prompt 'Q: ' is not read" in capsys.readouterr().err
     change(folder / "config.json", is_causal=False)
     assert LLM2Vec.from_pretrained(folder).decoder.config.is_causal is False
 

@@ -123,6 +123,7 @@ def test_instructions_stand_where_the_pairs_say_and_go_with_the_encoder(tmp_path
     model.save(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
     assert written["prompts"] == model.prompts and written["default_prompt_name"] is None
+    assert LLM2Vec.from_pretrained(tmp_path / "out").prompts == model.prompts
     other = LLM2Vec.from_pretrained(TINY)
     pairs = read_pairs([write(tmp_path / "b.jsonl", A, B)])
     STAGES["supervised"].run(other, pairs, settings, tmp_path)
