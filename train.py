@@ -650,12 +650,14 @@ class Run:
         if score > self.best:
             self.best = score
             best = save_bytes({str(i): p.detach() for i, p in enumerate(parameters)})
-            once(lambda: lora.write_whole(self.folder / "best.safetensors", best))
+            if RANK == 0:  # whose score decides: others may round it otherwise
+                lora.write_whole(self.folder / "best.safetensors", best)
         return score
 
     def take_best(self, parameters: list[nn.Parameter]) -> None:
         """With --dev, go back to the weights of the best step."""
         if self.settings.dev is not None:
+            once(lambda: None)  # the others wait until it is written
             for i, weight in load_file(self.folder / "best.safetensors").items():
                 parameters[int(i)].data.copy_(weight)
             say(f"the best step is kept, which scored {self.best:.4f} on {self.settings.dev}")
@@ -836,7 +838,7 @@ def parser() -> argparse.ArgumentParser:
         description="Turn a causal language model into a text encoder. Without a command: the "
         "stages in order, by default on the bundled tiny Llama, in minutes.",
     )
-    corpus = "a document a line, or .jsonl with `text` (default: bundled Wikipedia)"
+    corpus = "a document a line, .jsonl with `text`, a folder of such (default: bundled Wikipedia)"
     overwrite = {"action": "store_true", "help": "start anew instead of going on"}
     add = top.add_argument
     llm2vec.add_model_flags(top, default=TINY)
