@@ -645,7 +645,7 @@ class Run:
         s = self.settings
         if s.dev is None or step % s.save_every and step < s.steps:
             return None
-        score = benchmarks.sts(model, s.dev)[Path(s.dev).stem]
+        score = next(iter(benchmarks.sts(model, s.dev).values()))
         model.decoder.train()
         if score > self.best:
             self.best = score
