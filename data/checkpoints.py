@@ -7,9 +7,6 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-
-from data.fetch import on_the_hub
 from llm2vec import Config, read_json, reading
 
 # --- Where a checkpoint is ---------------------------------------------------------------------
@@ -100,6 +97,10 @@ def local(path_or_name: str | Path, patterns: list[str]) -> tuple[Path, set[str]
     if not known(name):
         what = "no such folder; expected one with config.json in it, or a name on the hub"
         raise FileNotFoundError(f"{name}: {what}")
+    from huggingface_hub import HfApi, snapshot_download
+
+    from data.fetch import on_the_hub
+
     with on_the_hub(f"{name}: no such folder, and it"):
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         there = set(os.listdir(folder)) if folder.is_dir() else set()

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -31,6 +30,8 @@ def save_encoder(model: LLM2Vec, folder: Path) -> None:
     same vectors. The folder appears under its name once it is complete; a checkpoint of that name
     is replaced. Raises ValueError if adapters are not merged, or the folder holds something else.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     state = model.decoder.state_dict()
     if any("lora_" in name for name in state):
         raise ValueError("adapters are not merged: call merge_lora before save")
