@@ -762,8 +762,10 @@ class LLM2Vec:
             fast = device.type != "cpu" and has_bfloat16(device)
             dtype = torch.bfloat16 if fast else torch.float32
         how = described(folder)
-        if template or any("LLM2Vec-" in str(name) for name in (path_or_name, *adapters)):
-            how["separator"] = " "
+        named = [str(name) for name in (path_or_name, *adapters)]  # by the authors, some of them
+        authors = any("McGill-NLP" in n or Path(n).name.startswith("LLM2Vec-") for n in named)
+        authors = authors or template in ("mistral", "llama-3")
+        how.setdefault("separator", " " if authors else "\n")
         given = {"pooling": pooling, "max_length": max_length, "separator": separator}
         how |= {name: value for name, value in given.items() if value is not None}
         tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights

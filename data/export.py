@@ -66,7 +66,7 @@ def described(folder: Path) -> dict[str, object]:
     Raises ValueError for a module of sentence-transformers that would change the vectors.
     """
     config, modules = read_json(folder / "config.json"), folder / "modules.json"
-    said = {"pooling": "mean", "max_length": 512, "separator": "\n", "include_prompt": False}
+    said = {"pooling": "mean", "max_length": 512}
     said |= config.get("llm2vec") or {}
     is_encoder = "llm2vec" in config or modules.exists()
     said["is_causal"] = config.get("is_causal", True) if is_encoder else False

@@ -135,6 +135,8 @@ def test_the_separator_is_a_setting_and_a_space_for_the_authors_checkpoints(fold
     assert LLM2Vec.from_pretrained(folder).separator == "\n"
     authors = shutil.copytree(folder, tmp_path / "LLM2Vec-Mistral-7B-Instruct-v2-mntp")
     assert LLM2Vec.from_pretrained(authors).separator == " "
+    LLM2Vec.from_pretrained(folder).save(authors / "LLM2Vec-mine")
+    assert LLM2Vec.from_pretrained(authors / "LLM2Vec-mine").separator == "\n", "as it was saved"
     assert lead_of("find: \n", "\n") == "find:\n" and lead_of(None) == lead_of("") == ""
 
 
