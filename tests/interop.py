@@ -175,6 +175,7 @@ def sentence_transformers(base: Path, kind: str, tokenizer: Tokenizer, out: Path
             model.save(folder)
             theirs = SentenceTransformer(str(folder), device="cpu")
             again = LLM2Vec.from_pretrained(folder)
+            assert theirs.max_seq_length == again.max_length == MAX_LENGTH
             files = sorted(folder.rglob("*.json") if pooling == "mean" else folder.glob("*/*.json"))
             exported[pooling] = {
                 file.relative_to(folder).as_posix(): json.loads(file.read_text()) for file in files
