@@ -101,9 +101,11 @@ class Repository:
         self.script.write_text(text.replace(known, sha256(body)), encoding="utf-8")
 
     def start(self, name: str, **environment: str) -> subprocess.Popen:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # A shell starts what is in the background with Ctrl-C ignored, and its children inherit it.
+        how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
         command = [sys.executable, str(self.script), name]
-        return subprocess.Popen(command, env=self.environment | environment, **pipes)
+        return subprocess.Popen(command, env=self.environment | environment, **how)
 
     def fetch(self, name: str, **environment: str) -> tuple[Path, str]:
         """Run the script, which succeeds. Returns what it made, alone, and what it said."""
