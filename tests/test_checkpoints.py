@@ -418,12 +418,12 @@ def test_a_name_that_the_hub_does_not_give_is_one_line(hub, monkeypatch, tmp_pat
 
 def test_an_adapter_names_its_base_unless_another_was_merged(folder, tmp_path):
     decoder = Decoder.from_pretrained(folder)
-    for _ in range(2):
+    for base in (str(folder.resolve()), None):
         add_lora(decoder, rank=2)
         save_adapter(decoder, tmp_path / "adapter")
         merge_lora(decoder)
         config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == (str(folder.resolve()) if not _ else None)
+        assert config["base_model_name_or_path"] == base
     LLM2Vec(decoder, llm2vec.load_tokenizer(folder)).save(tmp_path / "out")
     assert decoder.name_or_path == str((tmp_path / "out").resolve()), "which now has these weights"
 
