@@ -22,7 +22,7 @@ from data import benchmarks, figures
 from data.corpus import WIKIPEDIA, read_documents, sentences
 from data.pairs import PAIRS, read_pairs
 from llm2vec import LLM2Vec, contrastive_loss, tokenize
-from train import STAGES, Batches, Settings, Stage, Trained, contrast, drop_tokens
+from train import STAGES, Batches, Settings, Stage, Trained, contrast
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -129,32 +129,6 @@ def test_the_second_pass_in_parts_sees_the_same_dropout():
     up = loss()
     move(-2 * step)
     assert (up - loss()) / (2 * step) == pytest.approx(norm**2, rel=0.02)
-
-
-def test_token_dropout_leaves_out_own_tokens_and_no_others(tmp_path, monkeypatch):
-    """By the binomial's spread; what stands in front stays, and no text is left without tokens."""
-    assert drop_tokens(rows := [([0, 5, 6], [False, True, True])], 0.0) is rows
-    torch.manual_seed(0)
-    text = [0, 1, *range(10, 110)], [False] * 2 + [True] * 100
-    dropped = drop_tokens([text] * 200, 0.3)
-    for ids, own in dropped:
-        assert ids[:2] == [0, 1] and ids == sorted(set(ids)), "in their order"
-        assert own == [i >= 10 for i in ids]
-    rest = sum(sum(own) for _, own in dropped)
-    assert abs(rest - 14000) < 4 * (20000 * 0.3 * 0.7) ** 0.5
-    assert len({tuple(ids) for ids, _ in dropped}) == 200, "each view draws for itself"
-    assert {len(ids) for ids, _ in drop_tokens([([0, 9], [False, True])] * 50, 0.9)} == {2}
-
-    def counted(model, rows, *args):
-        tokens.append(sum(len(ids) for ids, _ in rows))
-        return contrast(model, rows, *args)
-
-    monkeypatch.setattr(train, "contrast", counted)
-    for stage in ("simcse", "supervised"):
-        tokens = []
-        for share in (0.0, 0.5):
-            go(stage, tmp_path / f"{stage}-{share}", token_dropout=share)
-        assert sum(tokens[3:]) < 0.7 * sum(tokens[:3])
 
 
 def test_rows_of_like_length_share_a_pass_and_keep_their_places(monkeypatch):
@@ -555,7 +529,7 @@ def test_every_setting_of_a_stage_is_a_flag_with_the_presets_in_its_help(stage, 
     values |= {"pooling": "last", "mask_token": "x", "split": "line", "dev": "d.tsv"}
     flags = {n: ["--" + n.replace("_", "-"), str(value)] for n, value in values.items()}
     start = [stage, "--model", "m", "--output", "o"]
-    others = {"mntp": ("scale", "pooling", "split", "dev", "token_dropout")}
+    others = {"mntp": ("scale", "pooling", "split", "dev")}
     others["simcse"] = ("mask_rate", "mask_token")
     for name in others.get(stage, ("mask_rate", "mask_token", "split")):
         assert command(*start, *flags.pop(name))[0] == 2, "of other stages"
