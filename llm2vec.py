@@ -332,7 +332,7 @@ class Decoder(nn.Module):
 
 
 @contextlib.contextmanager
-def reading(file: str | Path) -> Iterator[None]:
+def reading(file: str | Path, hint: str = "") -> Iterator[None]:
     """Turn whatever goes wrong while a file is read into one ValueError that names the file."""
     try:
         yield
@@ -343,7 +343,7 @@ def reading(file: str | Path) -> Iterator[None]:
     except BaseException as error:  # the tokenizers library panics outside of Exception
         said = " ".join(str(error).split())
         said = f"{said} is missing" if isinstance(error, KeyError) else said
-        raise ValueError(f"{file}: {said or type(error).__name__}") from None
+        raise ValueError(f"{file}: {said or type(error).__name__}{hint}") from None
 
 
 def read_json(file: Path) -> dict:
@@ -355,10 +355,6 @@ def read_json(file: Path) -> dict:
         return raw
 
 
-# Types that are numbers by themselves; whole numbers and 8 bits mean a quantised checkpoint.
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 # What wrappers put in front of a tensor's name; and what an encoder has no use for: the heads of
 # classifiers and of reward models, and tables that are computed here.
 PREFIX = re.compile(r"^((module|_orig_mod|base_model\.model|model)\.)+")
@@ -367,41 +363,45 @@ UNUSED = re.compile(r"(score|classifier|classification_head|v_head|value_head)\.
 
 def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a decoder made on the meta device from safetensors, one tensor in memory at a time."""
-    wanted, unused = dict(decoder.named_parameters()), []
-    quantised = read_json(folder / "config.json").get("quantization_config") or {}
-    method = quantised.get("quant_method", "which method it does not say")
-    hint = f"; the weights are quantised ({method}): take those that they were made from"
-    hint = hint if quantised else ""  # a key that was left behind by plain weights does no harm
+    wanted, unused, hint = dict(decoder.named_parameters()), [], ""
+    if quantised := read_json(folder / "config.json").get("quantization_config"):
+        method = quantised.get("quant_method")
+        hint = f"; the weights are quantised ({method}): take those that they were made from"
     for file in weight_files(folder):
-        with reading(file), safe_open(file, framework="pt", device=str(device)) as tensors:
+        with reading(file, hint), safe_open(file, framework="pt", device=str(device)) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 key = PREFIX.sub("", name)
-                if key == "lm_head.weight" and decoder.config.tie_word_embeddings:
-                    continue
                 if UNUSED.match(key):
                     unused.append(name)
-                    continue
-                if key not in wanted:
-                    raise ValueError(f"tensor {name} has no place in this model{hint}")
-                weight, expected = tensors.get_tensor(name), list(wanted.pop(key).shape)
-                if list(weight.shape) != expected:
-                    found = list(weight.shape)
-                    raise ValueError(f"tensor {name} is {found}, expected {expected}{hint}")
-                if weight.dtype not in FLOATS:
-                    raise ValueError(f"tensor {name} has type {weight.dtype}{hint}")
-                weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-                if not weight.isfinite().all():
-                    raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}")
-                module, _, leaf = key.rpartition(".")
-                setattr(decoder.get_submodule(module), leaf, weight)
-    if "lm_head.weight" in wanted:
-        del wanted["lm_head.weight"]
+                elif key in wanted:
+                    weight = checked(tensors.get_tensor(name), name, wanted.pop(key).shape, dtype)
+                    module, _, leaf = key.rpartition(".")
+                    weight = nn.Parameter(weight, requires_grad=False)
+                    setattr(decoder.get_submodule(module), leaf, weight)
+                elif key != "lm_head.weight":  # tied, a file may hold it all the same
+                    raise ValueError(f"tensor {name} has no place in this model")
+    if wanted.pop("lm_head.weight", None) is not None:
         decoder.lm_head = None
         print(f"{folder}: has no lm_head.weight, so it encodes and can't predict", file=sys.stderr)
     if wanted:
-        more = f", and {len(wanted) - 1} more" if len(wanted) > 1 else ""
-        raise ValueError(f"{folder}: tensor {next(iter(wanted))} is missing{more}")
+        raise ValueError(f"{folder}: tensor {next(iter(wanted))} is missing, one of {len(wanted)}")
     tell_unused(folder, unused)
+
+
+# Types that are numbers by themselves; whole numbers and 8 bits mean a quantised checkpoint.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def checked(weight: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of a file as `dtype`. Raises ValueError for one that can't be what it should be."""
+    if list(weight.shape) != list(shape):
+        raise ValueError(f"tensor {name} is {list(weight.shape)}, expected {list(shape)}")
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"tensor {name} has type {weight.dtype}")
+    weight = weight.to(dtype)
+    if not weight.isfinite().all():
+        raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}")
+    return weight
 
 
 def tell_unused(file: Path, names: list[str]) -> None:
@@ -416,13 +416,12 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         return [whole]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: no weight_map of tensor names to files")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
-        if Path(name).name != name:  # a path could name any file of the machine
-            raise ValueError(f"{index}: {name!r} is not the name of a file in this folder")
+    raw = read_json(index)
+    with reading(index):
+        names = sorted(set(raw["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name:  # a path could name any file of the machine
+                raise ValueError(f"{name!r} is not the name of a file in this folder")
     return [folder / name for name in names]
 
 
@@ -445,8 +444,7 @@ TEMPLATES = {
 def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
     """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text.
 
-    With the name of a template, its markers stand around every text, however long; they become part
-    of the tokenizer, and of what it saves.
+    template: the name of one in TEMPLATES, whose markers are to stand around every text.
     """
     if template is not None and template not in TEMPLATES:
         raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
@@ -456,30 +454,35 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode("a")  # some faults show only in use
-        if template is not None and "[OPEN]" in tokenizer.to_str():
-            raise ValueError("has a chat template already")
-        opening, closing = TEMPLATES.get(template, ("", ""))
-        for marker in re.findall(r"<\|\w+\|>", opening + closing):
-            if tokenizer.token_to_id(marker) is None:
-                raise ValueError(f"has no token {marker}, as template {template} needs")
-    if template is not None:
-        front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
-        back = tokenizer.encode(closing, add_special_tokens=False)
-        markers = [
-            {"id": name, "ids": e.ids, "tokens": e.tokens}
-            for name, e in (("[OPEN]", front), ("[CLOSE]", back))
-        ]
-        tokenizer.post_processor = TemplateProcessing(
-            single="[OPEN] $A [CLOSE]", pair="[OPEN] $A $B [CLOSE]", special_tokens=markers
-        )
+        if template is not None:
+            surround(tokenizer, *TEMPLATES[template])
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
+def surround(tokenizer: Tokenizer, opening: str, closing: str) -> None:
+    """Put markers around every text, however long: they are never cut, and saved with the rest."""
+    if "[OPEN]" in tokenizer.to_str():
+        raise ValueError("has a chat template already")
+    for marker in re.findall(r"<\|\w+\|>", opening + closing):
+        if tokenizer.token_to_id(marker) is None:
+            raise ValueError(f"has no token {marker}, as the template needs")
+    front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
+    back = tokenizer.encode(closing, add_special_tokens=False)
+    tokenizer.post_processor = TemplateProcessing(
+        single="[OPEN] $A [CLOSE]",
+        special_tokens=[
+            {"id": "[OPEN]", "ids": front.ids, "tokens": front.tokens},
+            {"id": "[CLOSE]", "ids": back.ids, "tokens": back.tokens},
+        ],
+    )
+
+
 def lead_of(instruction: str | None, separator: str = "\n") -> str:
     """What an instruction puts in front of a text: itself and the separator."""
-    # More than one line break or space would be cut differently in front of a text than alone.
-    lead = ((instruction or "").rstrip() if separator else instruction) or ""
+    lead = instruction or ""
+    if separator:  # more white space would be cut differently in front of a text than alone
+        lead = lead.rstrip()
     return lead + separator if lead else ""
 
 
@@ -492,13 +495,11 @@ def tokenize(
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each text, and which of them are its own: no BOS, no instruction.
 
-    The separator stands between an instruction and the text, whatever white space the instruction
-    ends in; with an empty one, the instruction is taken as it is. What stands behind a text (a
-    template's closing marker, EOS) counts as its own, as it does in the authors' encoder and in
-    sentence-transformers. At most max_length tokens each: the end of a longer text is cut, never a
-    marker. A text that has no token of its own gets all that stands there, or token 0 where nothing
-    does, so that its vector is finite. Raises ValueError for what is not a string, and where an
-    instruction or template leaves no room for text.
+    At most max_length tokens each: the end of a longer text is cut. What stands behind a text (a
+    template's closing marker, EOS) counts as its own, as in the authors' encoder and in
+    sentence-transformers. A text without any token has all that stands there for its own, or token
+    0 where nothing does, so that its vector is finite. Raises ValueError for what is not a string,
+    and where an instruction or template leaves no room for text.
     """
     if isinstance(texts, str):
         raise ValueError("texts is one string, expected a list of strings: put it in brackets")
@@ -510,7 +511,7 @@ def tokenize(
             raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}")
     lead = lead_of(instruction, separator)
     special = tokenizer.encode(lead.rstrip(" ")).special_tokens_mask  # a space goes with the text
-    before = max((i + 1 for i, s in enumerate(special) if not s), default=0)
+    before = max((i + 1 for i, s in enumerate(special) if not s), default=0)  # BOS and the lead
     if max_length <= tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"max_length {max_length} leaves no room beside the template's tokens")
     tokenizer.enable_truncation(max_length)
@@ -586,12 +587,8 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Choose a share of the tokens of input_ids (B, T), and hide them.
 
-    Args:
-        rate, maskable: see `choose_tokens`. mask_id, vocab_size, replace: see `corrupt_tokens`.
-        generator: of the CPU, whatever the device of input_ids.
-
-    Returns:
-        The ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans.
+    Returns the ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans. The
+    two functions below say what the arguments are; the generator is one of the CPU.
     """
     chosen = choose_tokens(input_ids, rate, maskable, generator)
     return corrupt_tokens(input_ids, chosen, mask_id, vocab_size, replace, generator), chosen
@@ -600,8 +597,7 @@ def mask_tokens(
 def choose_tokens(input_ids: Tensor, rate: float, maskable=None, generator=None) -> Tensor:
     """The tokens of input_ids that are to be predicted, (B, T) booleans, each by the chance `rate`.
 
-    `maskable` (B, T) says which may be; None: all. The first of a row never is: no state stands
-    before it.
+    `maskable` (B, T) says which may be. The first of a row never is: no state stands before it.
     """
     chosen = torch.rand(input_ids.shape, generator=generator).to(input_ids.device) < rate
     chosen[:, 0] = False
@@ -640,8 +636,8 @@ def mntp_loss(
     """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.1).
 
     All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only states in front of
-    chosen tokens go through the vocabulary projection. `total` divides the sum instead of the
-    number of chosen tokens: it is their number in the whole batch, when this is a part of one.
+    chosen tokens go through the vocabulary projection. `total` is the number of chosen tokens in
+    the whole batch, where this is a part of one.
     """
     hidden = decoder(masked_ids, segments)[:, :-1]  # the state at i - 1 ...
     target = chosen[:, 1:]  # ... predicts the token at i
@@ -746,9 +742,8 @@ class LLM2Vec:
         Each is a folder, or a name on the Hugging Face hub. pooling, max_length, is_causal and
         separator default to what an encoder's folder says, else to "mean", 512, False and a line
         break; the separator to a space for the authors' checkpoints, adapters and templates.
-        template is the name of an instruct model's chat template, see TEMPLATES. device defaults to
-        the first of cuda, mps and cpu that is there; dtype to bfloat16 on a GPU that has it, else
-        to float32.
+        template is the name of one in TEMPLATES. device defaults to the first of cuda, mps and cpu
+        that is there; dtype to bfloat16 on a GPU that has it, else to float32.
         """
         from data.checkpoints import find_checkpoint
         from data.export import described  # a folder's own files say how it is to be used
@@ -761,19 +756,15 @@ class LLM2Vec:
         if dtype is None:
             fast = device.type != "cpu" and has_bfloat16(device)
             dtype = torch.bfloat16 if fast else torch.float32
-        how = described(folder)
-        named = [str(name) for name in (path_or_name, *adapters)]  # by the authors, some of them
-        authors = any("McGill-NLP" in n or Path(n).name.startswith("LLM2Vec-") for n in named)
-        authors = authors or template in ("mistral", "llama-3")
-        how.setdefault("separator", " " if authors else "\n")
-        given = {"pooling": pooling, "max_length": max_length, "separator": separator}
-        how |= {name: value for name, value in given.items() if value is not None}
+        given = {"pooling": pooling, "max_length": max_length}
+        given |= {"is_causal": is_causal, "separator": separator}
+        how = described(folder) | {k: value for k, value in given.items() if value is not None}
+        names = [Path(name).name for name in (path_or_name, *adapters)]
+        if template in ("mistral", "llama-3") or any(n.startswith("LLM2Vec-") for n in names):
+            how.setdefault("separator", " ")  # as the authors have it
         tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
-        decoder = Decoder.from_pretrained(folder, dtype, device)
-        if not Path(path_or_name).is_dir():
-            decoder.name_or_path = str(path_or_name)  # on the hub
-        said = how.pop("is_causal")  # False is step 1 of the method, entire
-        decoder.config.is_causal = said if is_causal is None else is_causal
+        decoder = Decoder.from_pretrained(path_or_name, dtype, device)
+        decoder.config.is_causal = how.pop("is_causal")  # False is step 1 of the method, entire
         for adapter in adapters:
             from lora import load_adapter, merge_lora  # adapters are the next file to read
 
@@ -867,7 +858,7 @@ def batches_by_length(
 def least_tokens(decoder: Decoder) -> int:
     """Tokens of a pass, fewer of which would take as long.
 
-    With fewer, a GPU waits for kernels to be launched, some hundred for each layer, and not for
+    With fewer, a GPU waits for some hundred kernels of each layer to be launched, not for the
     arithmetic, of which each token needs as much as a layer has numbers.
     """
     if decoder.device.type == "cpu":
@@ -902,14 +893,12 @@ def has_bfloat16(device: torch.device) -> bool:
 def compile_layers(decoder: Decoder) -> None:
     """Have torch.compile fuse what each layer does between its matrix products.
 
-    On an H100, an MNTP step of a 7B model then takes 0.77 of the time, encoding 0.85. Lengths are
-    variables of the compiled code, because batches differ in them. Dropout draws what it draws
-    uncompiled, so that the two passes of GradCache agree. How compiled code rounds depends on its
-    first batch: a run that is resumed does not end with the same bits.
+    On an H100, an MNTP step of a 7B model then takes 0.77 of the time, encoding 0.85. How compiled
+    code rounds depends on its first batch: a run that is resumed does not end with the same bits.
     """
     torch._dynamo.config.cache_size_limit = 64  # a layer compiled too often is not compiled at all
-    for layer in decoder.layers:
-        layer.compile(dynamic=True, options={"fallback_random": True})
+    for layer in decoder.layers:  # dynamic: batches differ in length
+        layer.compile(dynamic=True, options={"fallback_random": True})  # dropout as uncompiled
 
 
 # --- Command line ------------------------------------------------------------------------------
@@ -928,11 +917,10 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
 
 
 def load(args: argparse.Namespace, **how) -> LLM2Vec:
-    """The model that the flags name."""
+    """The model that the flags name; `how` goes before them."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    given = {"adapters": args.adapters, "template": args.template}
-    given |= {"dtype": dtype, "device": args.device} | how
-    model = LLM2Vec.from_pretrained(args.model, **given)
+    given = {"adapters": args.adapters, "template": args.template, "device": args.device}
+    model = LLM2Vec.from_pretrained(args.model, **given | {"dtype": dtype} | how)
     if args.compile:
         compile_layers(model.decoder)
     return model
@@ -946,7 +934,8 @@ def main() -> None:
     add("--input", required=True, help="a text a line, or .jsonl with `text`; - is standard input")
     add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
     similar = commands.add_parser("similar", help="print the cosines between a few sentences")
-    similar.add_argument("texts", nargs="*", help="sentences, each in quotation marks")
+    text = "a sentence in quotation marks; sentences stand in front of --adapters, not behind"
+    similar.add_argument("texts", nargs="+", metavar="TEXT", help=text)
     for command in (encode, similar):
         add_model_flags(command, required=True)
         add = command.add_argument
@@ -956,17 +945,10 @@ def main() -> None:
         add("--max-length", type=int, metavar="N", help="tokens that are read of a text, at most")
     encode.add_argument("--normalize", action="store_true", help="vectors of length 1")
     args = parser.parse_args()
-    if args.command == "similar" and not args.texts:  # --adapters has taken them
-        from data.checkpoints import known
-
-        n = next((i for i, name in enumerate(args.adapters) if i and not known(name)), None)
-        if n is None:
-            similar.error("no sentences: give two or more, each in quotation marks")
-        args.adapters, args.texts = args.adapters[:n], args.adapters[n:]
-    how = {"pooling": args.pooling, "max_length": args.max_length, "separator": args.separator}
-    model = load(args, **how)
     from data.files import count_cut, encode_file, tell_cut
 
+    how = {"pooling": args.pooling, "max_length": args.max_length, "separator": args.separator}
+    model = load(args, **how)
     if args.command == "encode":
         encode_file(model, args.input, args.output, args.instruction, args.normalize)
         return
@@ -981,10 +963,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        said, compiling = str(error), type(error).__module__.startswith("torch._dynamo")
+        said = str(error)
         if isinstance(error, MemoryError) or "memory" in said:
             said = f"out of memory; lower --max-tokens where there is one: {said}"
-        elif compiling:
+        elif type(error).__module__.startswith("torch._dynamo"):
             said = "--compile: " + said.partition("\n\n")[0]  # there is no C++ compiler
         elif isinstance(error, RuntimeError):
             raise

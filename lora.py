@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from llm2vec import FLOATS, PREFIX, UNUSED, read_json, reading, tell_unused
+from llm2vec import PREFIX, UNUSED, checked, read_json, reading, tell_unused
 
 PARTS = ("lora_A", "lora_B")  # what an adapter is made of, and what is written of it
 
@@ -74,8 +74,8 @@ def adapt(module: nn.Linear, rank: int, scale: float, dropout: float) -> None:
 
 def projections(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside `model.layers`, by name."""
-    linear = (nm for nm in model.layers.named_modules() if isinstance(nm[1], nn.Linear))
-    return {f"layers.{name}": module for name, module in linear}
+    modules = model.layers.named_modules()
+    return {f"layers.{name}": m for name, m in modules if isinstance(m, nn.Linear)}
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
@@ -94,8 +94,8 @@ def add_lora(
 
     Args:
         alpha: over rank, it is the scale; by default twice the rank.
-        targets: the ends of the projections' names; by default every linear layer of
-            `model.layers`, as the paper adapts them.
+        targets: the ends of the projections' names; by default all seven projections of every
+            layer, as the paper adapts them.
 
     Returns the parameters of the adapters, all that there is to train. Raises ValueError for a
     target that the model lacks, a rank below 1, or a model that has adapters already.
@@ -104,15 +104,15 @@ def add_lora(
         raise ValueError("the model has adapters already: merge_lora first")
     if rank < 1:
         raise ValueError(f"rank is {rank}, expected 1 or more")
-    found = list(projections(model).values()) if targets is None else []
-    for target in targets or ():
-        named = [m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")]
-        if not named or not all(isinstance(module, nn.Linear) for module in named):
-            raise ValueError(f"target {target!r} is not the name of a projection in this model")
-        found += named
+    found = projections(model)
+    ends = [""] if targets is None else [f".{target}" for target in targets]
+    for end in ends:
+        if not any(name.endswith(end) for name in found):
+            raise ValueError(f"target {end[1:]!r} is not the name of a projection in this model")
     model.requires_grad_(False)
-    for module in dict.fromkeys(found):
-        adapt(module, rank, (2 * rank if alpha is None else alpha) / rank, dropout)
+    for name, module in found.items():
+        if name.endswith(tuple(ends)):
+            adapt(module, rank, (2 * rank if alpha is None else alpha) / rank, dropout)
     return [p for name, p in model.named_parameters() if "lora_" in name]
 
 
@@ -202,50 +202,48 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
         return load_state(model, folder, states[-1])
     file = folder / "adapter_model.safetensors"
     config = read_adapter_config(folder / "adapter_config.json")
-    modules, unused = dict(model.named_modules()), []
-    pairs: dict[str, dict[str, Tensor]] = {}
-    called = {}  # names with what wrappers put in front, which patterns may hold
+    modules = dict(model.named_modules())
     with reading(file):
-        for key, weight in load_file(file).items():
-            full, _, part = key.replace(".default.", ".").removesuffix(".weight").rpartition(".")
-            name, bare = PREFIX.sub("", full), PREFIX.sub("", key)
-            if bare.startswith("lm_head.") or UNUSED.match(bare):
-                unused.append(key)
-            elif bare.startswith("embed_tokens."):
-                what = "changes the embeddings, which have no adapter here"
-                raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
-            elif called.setdefault(name, full) != full:
-                raise ValueError(f"{name} is there twice, once as model.{name}")
-            else:
-                pairs.setdefault(name, {})[part] = weight
-        if not pairs:
-            raise ValueError("holds no adapter of the layers")
+        pairs = read_pairs(file)
         for name, pair in pairs.items():
             module = modules.get(name)
-            rank = matched(config, "rank_pattern", called[name], config["r"])
             if set(pair) != set(PARTS):
                 raise ValueError(f"{name} has {', '.join(sorted(pair))}, not lora_A and lora_B")
             if not isinstance(module, nn.Linear):
                 raise ValueError(f"{name} is not the name of a projection in this model")
-            fits = {"lora_A": [rank, module.in_features], "lora_B": [module.out_features, rank]}
-            for part, weight in pair.items():
-                if list(weight.shape) != fits[part]:
-                    found = list(weight.shape)
-                    raise ValueError(f"{name}.{part} is {found}, expected {fits[part]}")
-                if weight.dtype not in FLOATS:
-                    raise ValueError(f"{name}.{part} has type {weight.dtype}")
-                if not weight.float().isfinite().all():
-                    raise ValueError(f"{name}.{part} holds NaN or infinity")
+            rank = matched(config["rank_pattern"], name, config["r"])
+            shapes = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
+            for part, shape in shapes.items():
+                pair[part] = checked(pair[part], f"{name}.{part}", shape, torch.float32)
     model.requires_grad_(False)
     for name, pair in pairs.items():
         module, rank = modules[name], pair["lora_A"].shape[0]
-        alpha = matched(config, "alpha_pattern", called[name], config["lora_alpha"])
+        alpha = matched(config["alpha_pattern"], name, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         adapt(module, rank, scale, config.get("lora_dropout", 0.0))
         for part in PARTS:
             getattr(module, part).weight.copy_(pair[part])
-        module.train(model.training)
+
+
+def read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:
+    """The matrices in a file of PEFT: for the name of each projection, its lora_A and lora_B."""
+    pairs, unused = {}, []
+    for key, weight in load_file(file).items():
+        bare = PREFIX.sub("", key.replace(".default.", ".")).removesuffix(".weight")
+        name, _, part = bare.rpartition(".")
+        if bare.startswith("lm_head") or UNUSED.match(f"{bare}."):
+            unused.append(key)
+        elif bare.startswith("embed_tokens"):
+            what = "changes the embeddings, which have no adapter here"
+            raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
+        elif part in pairs.setdefault(name, {}):
+            raise ValueError(f"{name} is there twice, once as model.{name}")
+        else:
+            pairs[name][part] = weight
+    if not pairs:
+        raise ValueError("holds no adapter of the layers")
     tell_unused(file, unused)
+    return pairs
 
 
 def load_state(model: nn.Module, folder: Path, state: Path) -> None:
@@ -254,7 +252,6 @@ def load_state(model: nn.Module, folder: Path, state: Path) -> None:
         s, tensors = read_json(folder / "settings.json"), load_file(state)
         for i, p in enumerate(add_lora(model, s["rank"], s["alpha"], s["dropout"])):
             p.data.copy_(tensors[f"{i}.weight"])
-    model.train(model.training)
     print(f"{state}: the adapter of a run that is not finished", file=sys.stderr)
 
 
@@ -270,22 +267,21 @@ def read_adapter_config(file: Path) -> dict:
     with reading(file):
         if config.get("peft_type") != "LORA":
             raise ValueError("peft_type is not LORA")
-        for key in UNSUPPORTED:
-            if config.get(key):
-                raise ValueError(f"{key} is {config[key]!r}, which is not supported")
+        unsupported = [key for key in UNSUPPORTED if config.get(key)]
+        if config.get("bias") not in (None, "none"):
+            unsupported.append("bias")
+        if str(config.get("init_lora_weights")).lower().startswith(STARTS):
+            unsupported.append("init_lora_weights")
         saved = config.get("modules_to_save") or []
         if not all(name == "lm_head" or UNUSED.match(f"{name}.") for name in saved):
-            raise ValueError(f"modules_to_save is {saved}, of which only heads can be left out")
-        for key, value, refused in (
-            ("init_lora_weights", str(config.get("init_lora_weights")).lower(), STARTS),
-            ("bias", config.get("bias", "none"), ("all", "lora_only")),
-        ):
-            if str(value).startswith(refused):
-                raise ValueError(f"{key} is {value!r}, which is not supported")
+            unsupported.append("modules_to_save")
+        for key in unsupported:
+            raise ValueError(f"{key} is {config[key]!r}, which is not supported")
         numbers = {key: config[key] for key in ("r", "lora_alpha")}
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = config.get(field) or {}
-            numbers |= {f"{field} of {p}": v for p, v in patterns.items() if compiled(p)}
+            numbers |= {f"{field} of {p}": value for p, value in patterns.items()}
+            config[field] = {re.compile(rf"(.*\.)?({p})$"): v for p, v in patterns.items()}
         for key, value in numbers.items():
             if type(value) not in (int, float) or not 0 < value < 1e15:
                 raise ValueError(f"{key} is {value!r}, expected a number above 0")
@@ -294,16 +290,10 @@ def read_adapter_config(file: Path) -> dict:
     return config
 
 
-def matched(config: dict, field: str, name: str, default: float) -> float:
+def matched(patterns: dict[re.Pattern, float], name: str, default: float) -> float:
     """The value of the first pattern that matches the end of a name, from a dot on, as in PEFT."""
-    for pattern, value in (config.get(field) or {}).items():
-        if compiled(pattern).match(name):
-            return value
-    return default
-
-
-def compiled(pattern: str) -> re.Pattern:
-    return re.compile(rf"(.*\.)?({pattern})$")
+    name = f"model.{name}"  # the name in a causal LM, which a pattern may hold as a whole
+    return next((value for pattern, value in patterns.items() if pattern.match(name)), default)
 
 
 # --- A 4-bit base ------------------------------------------------------------------------------
@@ -328,8 +318,9 @@ class NF4Linear(nn.Linear):
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight, (out, in)."""
-        numbers = decode_nf4(self.weight, self.scales, dtype)
-        return numbers.view(self.out_features, self.in_features)
+        pairs = nf4_pairs(self.weight.device, dtype)
+        blocks = F.embedding(self.weight.int(), pairs).view(-1, BLOCK)
+        return (blocks * self.scales[:, None].to(dtype)).view(self.out_features, self.in_features)
 
 
 class QLoRALinear(LoRALinear, NF4Linear):
@@ -376,12 +367,6 @@ def quantize_nf4(model: nn.Module, device: str | torch.device = "cpu") -> None:
     model.to(device)
 
 
-def decode_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers, (out * in,), of bytes of two codes each and the scales of their blocks."""
-    blocks = F.embedding(codes.int(), nf4_pairs(codes.device, dtype)).view(-1, BLOCK)
-    return (blocks * scales[:, None].to(dtype)).flatten()
-
-
 @functools.cache
 def nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The two values that each byte stands for, (256, 2)."""
@@ -393,9 +378,9 @@ def nf4_table() -> Tensor:
     """The 16 values of NormalFloat, ascending from -1 to 1, float32 (their section 3).
 
     Weights are about normally distributed, so the values are quantiles of the normal distribution:
-    each code is then used about as often as any other, which is how 4 bits say most. Eight
-    quantiles are positive and seven negative, evenly spaced in probability, and zero is exact. The
-    outermost would be infinite at probability 1; they stop half-way between 1 - 1/30 and 1 - 1/32.
+    each code is then used about as often as any other. Eight quantiles are positive and seven
+    negative, evenly spaced in probability, and zero is exact. The outermost would be infinite at
+    probability 1; they stop half-way between 1 - 1/30 and 1 - 1/32.
     """
     outermost = 1 - (1 / 30 + 1 / 32) / 2
     positive, negative = (

@@ -77,7 +77,7 @@ def test_step_one_is_one_argument():
 # --- The decoder -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("T", [1, 9, 128, 129, 140])
+@pytest.mark.parametrize("T", [1, 9, 140])
 @pytest.mark.parametrize("mask", ["none", "causal", "padded"])
 def test_attention_is_the_formula_head_by_head(T, mask):
     torch.manual_seed(T)
@@ -103,15 +103,6 @@ def test_attention_is_the_formula_head_by_head(T, mask):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("T", [16, 200])
-def test_attention_dropout_spares_weights_and_keeps_their_mean(T):
-    q = k = torch.zeros(4, 2, T, 8)  # every weight is 1 / T
-    torch.manual_seed(0)
-    spared = attend(q, k, torch.ones(4, 2, T, 8), None, 0.25)[..., 0] * T * 0.75  # how many of T
-    torch.testing.assert_close(spared, spared.round())
-    assert spared.mean() / T == pytest.approx(0.75, abs=0.02) and spared.std() > 0
-
-
 def test_attention_dropout_acts_in_training_only():
     decoder = small_decoder(is_causal=False, attention_dropout=0.3).float()
     ids = torch.randint(50, (1, 12))
@@ -131,18 +122,17 @@ def test_states_behind_the_last_layers_are_what_those_layers_gave():
     assert torch.equal(decoder.norm(states[-1]), decoder(ids, segments))
 
 
-@pytest.mark.parametrize("layers", [1, 3, 5])
-def test_recomputing_layers_changes_no_bit_of_a_gradient(layers):
+def test_recomputing_layers_changes_no_bit_of_a_gradient():
     decoder = small_decoder(is_causal=False, num_hidden_layers=5, attention_dropout=0.2).train()
     ids = torch.randint(50, (2, 6))
     runs, gradients = [], []
     for layer in decoder.layers:
         layer.register_forward_pre_hook(lambda *_: runs.append(1))
-    for decoder.recompute in (0, layers):
+    for decoder.recompute in (0, 3):
         torch.manual_seed(1)
         weights = [p for p in decoder.parameters() if p is not decoder.lm_head.weight]
         gradients.append(torch.autograd.grad(decoder(ids).square().mean(), weights))
-    assert len(runs) == 5 + 5 + layers
+    assert len(runs) == 5 + 5 + 3
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
