@@ -18,8 +18,7 @@ import data.export
 import llm2vec
 from data.corpus import WIKIPEDIA, read_documents
 from data.files import encode_file
-from llm2vec import POOLING, Decoder, LLM2Vec, load_tokenizer, tokenize
-from lora import add_lora, merge_lora, save_adapter
+from llm2vec import Decoder, LLM2Vec, load_tokenizer, tokenize
 
 ROOT = Path(__file__).parent.parent
 TINY, GOLDEN = ROOT / "data" / "tiny-llama", ROOT / "tests" / "golden"
@@ -79,11 +78,13 @@ def test_an_empty_text_has_a_finite_vector(encoder, folder):
     assert encoder.encode([]).shape == (0, encoder.decoder.config.hidden_size)
 
 
-BAD = [([1], "int"), (["a", None], "None")]
-BAD += [(["fine", "a \ud800"], "text 1 holds half a surrogate pair")]
-
-
-@pytest.mark.parametrize("texts, said", BAD)
+@pytest.mark.parametrize(
+    "texts, said",
+    [
+        (["a", None], "text 1 is NoneType"),
+        (["fine", "a \ud800"], "text 1 holds half a surrogate pair"),
+    ],
+)
 def test_what_is_not_a_list_of_texts_is_refused(encoder, texts, said):
     with pytest.raises(ValueError, match=said):
         encoder.encode(texts)
@@ -100,34 +101,11 @@ def test_bos_and_instruction_are_read_but_not_averaged(folder):
     assert not np.allclose(got, model.encode(["a b"])[0], atol=1e-3)
     [row] = tokenize(model.tokenizer, ["a b a b a b"], 4)
     assert row == (plain.encode("a b").ids[:4], [False, True, True, True]), "cut at the end"
-    [(ids, own)] = tokenize(model.tokenizer, ["a <s> b"], 512)
-    assert ids.count(1) == 1 and all(own[1:]), "the name of a special token is text"
     with pytest.raises(ValueError, match="leaves no room"):
         tokenize(model.tokenizer, ["a"], 3, instruction="find this:")
 
 
-@pytest.mark.parametrize("instruction", ["Find answers", "Find answers\n\n", "Find answers: \n "])
-def test_white_space_behind_an_instruction_is_no_part_of_the_text(encoder, instruction):
-    """GPT-2's rule cuts several line breaks as one token at an end, as two in front of a text."""
-    [row] = tokenize(encoder.tokenizer, ["hello there"], 512, instruction)
-    assert encoder.tokenizer.decode(own_ids(row)) == "hello there"
-    [(bare, _)] = tokenize(encoder.tokenizer, ["hello there"], 512, " \n")
-    assert encoder.tokenizer.decode(bare) == "hello there"
-
-
 # --- Checkpoints -------------------------------------------------------------------------------
-
-
-def test_saving_and_loading_gives_the_same_vectors(encoder, folder, tmp_path):
-    out, ids, texts = tmp_path / "out", torch.tensor([[2, 3]]), ["a b", "c", "find this"]
-    for model in (encoder, LLM2Vec.from_pretrained(folder)):
-        model.save(out)  # the second takes the place of the first
-        assert json.loads((out / "config.json").read_text())["is_causal"] is False
-        again = LLM2Vec.from_pretrained(out)
-        assert np.array_equal(model.encode(texts), again.encode(texts))
-        logits = (m.decoder.logits(m.decoder(ids)) for m in (model, again))
-        assert torch.equal(*logits)
-    assert not list(tmp_path.glob(".new-*")), "no scratch folder stays behind"
 
 
 def test_saving_never_replaces_a_folder_of_something_else(encoder, tmp_path):
@@ -136,19 +114,6 @@ def test_saving_never_replaces_a_folder_of_something_else(encoder, tmp_path):
     with pytest.raises(ValueError, match="not a checkpoint"):
         encoder.save(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
-
-
-def test_a_pooling_that_sentence_transformers_has_not_is_exported_without_its_files(
-    folder, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(POOLING, "mine", (lambda own: own**2, None))
-    model = LLM2Vec.from_pretrained(folder, pooling="mine")
-    model.save(tmp_path / "out")
-    written = {file.name for file in (tmp_path / "out").iterdir()}
-    names = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
-    assert written == names
-    again = LLM2Vec.from_pretrained(tmp_path / "out", pooling="mine")
-    assert np.array_equal(model.encode(["a b"]), again.encode(["a b"]))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +143,7 @@ def test_a_save_that_is_cut_short_leaves_what_was_there(
         patch.setattr(owner, name, full)
         model.save(out)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert not list(tmp_path.glob(".new-*")), "no scratch folder stays behind"
 
 
 def test_a_whole_file_is_read_before_an_index_as_in_transformers(tmp_path):
@@ -189,7 +155,11 @@ def test_a_whole_file_is_read_before_an_index_as_in_transformers(tmp_path):
     assert torch.equal(Decoder.from_pretrained(folder).norm.weight, state[NORM].float())
 
 
-def test_an_inner_model_encodes_and_is_saved_without_output_head(folder, tmp_path):
+def test_a_model_is_saved_with_its_output_head_or_without_one(folder, tmp_path):
+    model, ids = LLM2Vec.from_pretrained(folder), torch.tensor([[2, 3]])
+    model.save(tmp_path / "out")
+    again = LLM2Vec.from_pretrained(tmp_path / "out").decoder
+    assert torch.equal(again.logits(again(ids)), model.decoder.logits(model.decoder(ids)))
     inner = load_file(folder / "model.safetensors").items()
     inner = {name.removeprefix("model."): w for name, w in inner if name != "lm_head.weight"}
     save_file(inner, folder / "model.safetensors")
@@ -202,18 +172,6 @@ def test_an_inner_model_encodes_and_is_saved_without_output_head(folder, tmp_pat
     assert np.array_equal(again.encode(["a b"]), model.encode(["a b"]))
 
 
-def test_the_cache_of_the_hub_is_made_of_links_and_loads(folder, tmp_path):
-    snapshot, expected = tmp_path / "snapshots" / "rev", LLM2Vec.from_pretrained(folder)
-    snapshot.mkdir(parents=True)
-    for i, file in enumerate(folder.iterdir()):
-        shutil.copy(file, tmp_path / f"blob-{i}")
-        (snapshot / file.name).symlink_to(f"../../blob-{i}")
-    (tmp_path / "linked").symlink_to(snapshot)  # the folder itself may be one
-    for place in (snapshot, tmp_path / "linked"):
-        found = LLM2Vec.from_pretrained(place)
-        assert np.array_equal(found.encode(["a b"]), expected.encode(["a b"]))
-
-
 # --- What is said of bad input -----------------------------------------------------------------
 
 
@@ -221,12 +179,10 @@ def test_the_cache_of_the_hub_is_made_of_links_and_loads(folder, tmp_path):
     "change, said",
     [
         (lambda s: s.pop(f"model.{UP}.weight"), f"{UP}.weight is missing"),
-        (lambda s: s.update({f"model.{UP}2": s.pop(f"model.{UP}.weight")}), f"{UP}2 has no place"),
         (
             lambda s: s.update({f"model.{KEY}": s[f"model.{KEY}"][1:].contiguous()}),
             rf"{KEY} is \[15, 32\], expected \[16, 32\]",
         ),
-        (lambda s: s[NORM].fill_(float("inf")), f"{NORM} holds NaN or infinity"),
     ],
 )
 def test_a_wrong_tensor_is_named(folder, change, said):
@@ -244,15 +200,15 @@ def test_a_wrong_tensor_is_named(folder, change, said):
         ({"rope_parameters": {"full_attention": {}}}, "differ by layer"),
         ({"vocab_size": "384"}, "vocab_size is '384'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"num_attention_heads": -4}, "num_attention_heads is -4"),
         ({"num_key_value_heads": 3}, "num_attention_heads is 4, expected a multiple"),
         ({"head_dim": 5}, "head_dim is 5"),
-        ({"hidden_size": None}, "hidden_size"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_parameters": [1]}, ""),
         ({"rope_parameters": {"rope_theta": "big"}}, "'big'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layer_types is .*chunked"),
+        ({"layer_types": ["full_attention"]}, "layer_types is .*, expected one for each layer"),
+        ({"model_type": "llama", "layer_types": ["sliding_attention"] * 2}, "expected full_att"),
     ],
 )
 def test_a_config_that_can_not_be_run_is_refused_by_file_and_field(folder, changes, said):
@@ -262,118 +218,59 @@ def test_a_config_that_can_not_be_run_is_refused_by_file_and_field(folder, chang
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_missing_or_truncated_file_is_named(folder, name):
-    whole = (folder / name).read_bytes()
-    for size in (0, 5, 100):
-        (folder / name).write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=name):
-            LLM2Vec.from_pretrained(folder)
+def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         LLM2Vec.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("target", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", 7])
+@pytest.mark.parametrize("target", ["../other.safetensors", "/etc/passwd"])
 def test_an_index_that_leaves_its_folder_is_refused(folder, target):
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": target}}))
-    with pytest.raises((ValueError, FileNotFoundError), match=str(target)):
+    with pytest.raises(ValueError, match=f"{index}: '{target}' is not the name of a file"):
         Decoder.from_pretrained(folder)
-
-
-def resize_vocabulary(folder: Path, V: int) -> None:
-    edit(folder / "config.json", vocab_size=V)
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    break_tensors(folder, lambda s: s.update({name: torch.randn(V, 32) for name in names}))
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
-    resize_vocabulary(folder, 4)
-    said = "tokenizer.json: has token ids up to 306, the model embeds 4"
-    with pytest.raises(ValueError, match=said):
-        LLM2Vec.from_pretrained(folder)
 
 
 # --- Files and the command line ----------------------------------------------------------------
 
 
-def test_the_command_line_encodes(encoder, tmp_path):
-    texts = ["A man plays a guitar.", "", "Stocks fell."]
-    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
-    command = [sys.executable, "llm2vec.py", "encode", "--model", TINY, "--dtype", "float32"]
-    command += ["--input", tmp_path / "texts.txt", "--output", tmp_path / "v.npy"]
+def test_the_command_line_encodes_as_its_flags_say_and_tells_how_much_is_cut(folder, tmp_path):
+    texts = ["a b c a b c", "", "find this"]
+    (tmp_path / "t.txt").write_text("\n".join(texts) + "\n")
+    command = [sys.executable, "llm2vec.py", "encode", "--model", folder, "--dtype", "bfloat16"]
+    command += ["--input", tmp_path / "t.txt", "--output", tmp_path / "v.npy", "--normalize"]
+    command += ["--max-length", "4", "--pooling", "last"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), encoder.encode(texts), atol=1e-5)
+    how = {"max_length": 4, "pooling": "last", "dtype": torch.bfloat16}
+    model = LLM2Vec.from_pretrained(folder, **how)
+    vectors = np.load(tmp_path / "v.npy")
+    np.testing.assert_allclose(vectors, model.encode(texts, normalize=True), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    cut = sum(len(ids) > 4 for ids, _ in model.rows(texts, max_length=99))
+    said = f"{cut} of 3 texts are cut at 4 tokens, which --max-length sets"
+    assert done.stderr.splitlines()[-1] == said and cut > 0
 
 
 def test_the_command_line_compares(encoder, monkeypatch, capsys):
     texts = ["A man plays a guitar.", "Stocks fell."]
     monkeypatch.setattr(sys, "argv", ["llm2vec.py", "similar", "--model", str(TINY), *texts])
     llm2vec.main()
-    a, b = encoder.encode(texts)
-    cosine = f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.3f}"
+    a, b = encoder.encode(texts, normalize=True)
     said = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
-    assert said == [["1.000", cosine, texts[0]], [cosine, "1.000", texts[1]]]
-
-
-def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, monkeypatch, capsys):
-    """Which stand behind them, where argparse would take them for adapters."""
-    model, texts = LLM2Vec.from_pretrained(folder), ["a b", "c"]
-    for name in ("one", "two"):
-        for parameter in add_lora(model.decoder, rank=2):
-            torch.nn.init.normal_(parameter)
-        save_adapter(model.decoder, tmp_path / name)
-        merge_lora(model.decoder)
-    adapters = [str(tmp_path / "one"), str(tmp_path / "two")]
-    a, b = model.encode(texts, normalize=True)
-    start = ["llm2vec.py", "similar", "--model", str(folder), "--dtype", "float32"]
-    for args in (["--adapters", *adapters, *texts], [*texts, "--adapters", *adapters]):
-        monkeypatch.setattr(sys, "argv", [*start, *args])
-        llm2vec.main()
-        first, _ = capsys.readouterr().out.splitlines()
-        assert first.split() == ["1.000", f"{a @ b:.3f}", "a", "b"]
-    for args, said in ((adapters, "no sentences"), ([str(tmp_path / "thre"), *texts], "thre: no")):
-        monkeypatch.setattr(sys, "argv", [*start, "--adapters", *args])
-        with pytest.raises(SystemExit) as end:
-            llm2vec.run(llm2vec.main)
-        assert end.value.code == 2 and said in capsys.readouterr().err
-
-
-def test_flags_of_encode_say_how_and_standard_error_how_much(folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "t.txt").write_text("a b c a b c\na\nfind this\n")
-    how = ["--max-length", "4", "--pooling", "last", "--normalize", "--dtype", "bfloat16"]
-    files = ["--input", str(tmp_path / "t.txt"), "--output", str(tmp_path / "v.npy")]
-    monkeypatch.setattr(sys, "argv", ["llm2vec.py", "encode", "--model", str(folder), *files, *how])
-    llm2vec.main()
-    options = {"max_length": 4, "pooling": "last", "dtype": torch.bfloat16}
-    model = LLM2Vec.from_pretrained(folder, **options)
-    expected = model.encode(["a b c a b c", "a", "find this"], normalize=True)
-    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-6)
-    said = capsys.readouterr().err.splitlines()[-1]
-    cut = sum(len(ids) > 4 for ids, _ in model.rows(["a b c a b c", "a", "find this"], None, 99))
-    assert said == f"{cut} of 3 texts are cut at 4 tokens, which --max-length sets" and cut > 0
+    assert said == [["1.000", f"{a @ b:.3f}", texts[0]], [f"{a @ b:.3f}", "1.000", texts[1]]]
 
 
 def test_one_string_is_one_vector(encoder):
     vector = encoder.encode("A man plays a guitar.")
     assert vector.shape == (encoder.decoder.config.hidden_size,)
     assert np.array_equal(vector, encoder.encode(["A man plays a guitar."])[0])
-    with pytest.raises(TypeError, match="normalize_embeddings"):
-        encoder.encode(["a"], normalize_embeddings=True)  # never taken and ignored
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["similar", "--model", "nowhere", "a"],
-        ["encode", "--model", str(TINY), "--input", "nowhere", "--output", "x"],
-    ],
-)
-def test_an_error_is_one_line_and_status_2(args, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["llm2vec.py", *args])
+def test_an_error_is_one_line_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llm2vec.py", "similar", "--model", "nowhere", "a"])
     with pytest.raises(SystemExit) as end:
         llm2vec.run(llm2vec.main)
     said = capsys.readouterr()
@@ -397,7 +294,6 @@ def test_json_lines_keep_their_fields(encoder, tmp_path):
     [
         ("a.txt", b"fine\n\xff\n", "a.txt, line 2: "),
         ("a.jsonl", b'{"text": "fine"}\n{"text": 3}\n', "a.jsonl, line 2: expected"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: .*surrogate"),
     ],
 )
 def test_a_bad_line_leaves_no_output(encoder, tmp_path, name, content, said):
@@ -443,9 +339,7 @@ def mistral(tmp_path_factory) -> Path:
 def test_the_mistral_template_is_attended_to_and_its_closing_marker_averaged(mistral):
     opening, closing = [733, 16289, 28793], [733, 28748, 16289, 28793]  # [INST], [/INST]
     tokenizer, plain = load_tokenizer(mistral, "mistral"), load_tokenizer(mistral)
-    assert plain.token_to_id("_") == 28730
     assert tokenize(plain, ["Hello world"], 512) == [([1, 22557, 1526], [False, True, True])]
-    assert 2 not in tokenize(plain, ["</s> x"], 512)[0][0], "a special token's name is text"
     [row] = tokenize(tokenizer, ["Hello world"], 512)
     assert row[0] == [1, *opening, 22557, 1526, *closing]
     assert row[0] == plain.encode("[INST] Hello world [/INST]").ids
@@ -474,7 +368,9 @@ def test_the_llama_3_template_is_made_of_special_tokens(tmp_path):
 
 def test_a_template_is_recorded_in_the_saved_folder(folder, mistral, tmp_path):
     shutil.copy(mistral / "tokenizer.json", folder)
-    resize_vocabulary(folder, 32000)
+    edit(folder / "config.json", vocab_size=32000)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    break_tensors(folder, lambda s: s.update({name: torch.randn(32000, 32) for name in names}))
     model = LLM2Vec.from_pretrained(folder, template="mistral")
     model.save(tmp_path / "out")
     again = LLM2Vec.from_pretrained(tmp_path / "out")
@@ -500,37 +396,3 @@ def test_a_tokenizer_without_bos_may_have_one_in_front_and_keeps_it(tmp_path, mi
     assert weights["vocab"][ids[1]] not in weights["word_weights"]
     with pytest.raises(ValueError, match=r"tokenizer.json: has no token <\|endoftext\|>"):
         load_tokenizer(mistral, "endoftext")
-
-
-@pytest.mark.parametrize(
-    "family, types, said",
-    [
-        ("mistral", ["full_attention", "sliding_attention"], None),
-        ("llama", ["full_attention"] * 2, None),
-        ("llama", ["full_attention", "sliding_attention"], "layer_types is .*, expected full_att"),
-        ("mistral", ["chunked_attention"] * 2, "layer_types is .*chunked"),
-        ("mistral", ["full_attention"], "layer_types is .*, expected one for each layer"),
-    ],
-)
-def test_types_of_layers_are_honoured_or_refused(folder, family, types, said):
-    edit(folder / "config.json", model_type=family, layer_types=types, sliding_window=3)
-    if said is None:
-        assert llm2vec.Config.from_pretrained(folder).layer_types == types
-    else:
-        with pytest.raises(ValueError, match=said):
-            llm2vec.Config.from_pretrained(folder)
-
-
-def test_one_adapter_may_stand_alone_and_an_empty_folder_may_be_filled(folder, tmp_path):
-    model, adapter, encoder = LLM2Vec.from_pretrained(folder), tmp_path / "a", tmp_path / "encoder"
-    for parameter in add_lora(model.decoder, rank=2):
-        torch.nn.init.normal_(parameter)
-    save_adapter(model.decoder, adapter)
-    encoder.mkdir()
-    LLM2Vec.from_pretrained(folder, [adapter]).save(encoder)
-    expected = LLM2Vec.from_pretrained(encoder).encode(["a b c"])
-    for one in (adapter, str(adapter)):
-        found = LLM2Vec.from_pretrained(folder, adapters=one).encode(["a b c"])
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-        LLM2Vec.from_pretrained("nowhere")

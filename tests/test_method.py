@@ -1,7 +1,5 @@
 """The mask, pooling and losses, against brute force and closed forms in float64."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ import torch
 from llm2vec import (
     Config,
     Decoder,
-    attend,
     attention_mask,
     batches_by_length,
     contrastive_loss,
@@ -75,32 +72,6 @@ def test_step_one_is_one_argument():
 
 
 # --- The decoder -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("T", [1, 9, 140])
-@pytest.mark.parametrize("mask", ["none", "causal", "padded"])
-def test_attention_is_the_formula_head_by_head(T, mask):
-    torch.manual_seed(T)
-    q = torch.randn(2, 6, T, 8, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    segments = torch.ones(2, T, dtype=torch.long)
-    segments[1, T // 2 + 1 :] = 0 if mask == "padded" else 1
-    allowed = attention_mask(segments, mask == "causal")
-    shown = torch.ones(2, 1, T, T, dtype=torch.bool) if allowed is None else allowed
-    heads = []
-    for head in range(6):  # two query heads share each key/value head
-        scores = q[:, head] @ k[:, head // 2].transpose(1, 2) / 8**0.5
-        weights = scores.masked_fill(~shown[:, 0], -math.inf).softmax(-1)
-        heads.append(weights @ v[:, head // 2])
-    found, expected = attend(q, k, v, allowed, 0.0), torch.stack(heads, 1)
-    torch.testing.assert_close(found, expected)
-    direction = torch.randn_like(expected)
-    for a, b in zip(
-        torch.autograd.grad(found, (q, k, v), direction),
-        torch.autograd.grad(expected, (q, k, v), direction),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
 
 
 def test_attention_dropout_acts_in_training_only():
@@ -234,18 +205,3 @@ def test_contrastive_loss_and_gradient_in_closed_form(n_negatives):
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(query.grad.numpy(), d_query, atol=1e-6)
-
-
-def test_each_layer_has_the_window_that_its_type_says():
-    """Hidden states are those of layers whose masks were given to them one by one."""
-    ids, types = torch.arange(9)[None], ["full_attention", "sliding_attention"]
-    decoder = small_decoder(sliding_window=2, is_causal=False, layer_types=types)
-    found, seen = decoder(ids), []
-    for layer in decoder.layers:
-        layer.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    decoder(ids)
-    assert seen[0] is None
-    assert torch.equal(seen[1], attention_mask(torch.ones(1, 9), False, 2))
-    for other in (None, types[::-1], ["full_attention"] * 2):
-        decoder.config.layer_types = other
-        assert not torch.allclose(decoder(ids), found)
