@@ -378,7 +378,7 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
                     module, _, leaf = key.rpartition(".")
                     weight = nn.Parameter(weight, requires_grad=False)
                     setattr(decoder.get_submodule(module), leaf, weight)
-                elif key != "lm_head.weight":  # tied, a file may hold it all the same
+                elif key != "lm_head.weight":  # which a file may hold although it is tied
                     raise ValueError(f"tensor {name} has no place in this model")
     if wanted.pop("lm_head.weight", None) is not None:
         decoder.lm_head = None
@@ -813,9 +813,8 @@ class LLM2Vec:
             vectors[batch] = (F.normalize(made, dim=-1) if normalize else made).cpu().numpy()
             done += len(batch)
             if progress:
-                print(f"\r{done} of {len(rows)} texts", end="", file=sys.stderr, flush=True)
-        if progress:
-            print(file=sys.stderr)
+                end = "" if done < len(rows) else "\n"
+                print(f"\r{done} of {len(rows)} texts", end=end, file=sys.stderr, flush=True)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_words(self, words: Sequence[str]) -> np.ndarray:
@@ -835,6 +834,9 @@ class LLM2Vec:
         from data.export import save_encoder
 
         save_encoder(self, Path(folder))
+
+
+# --- Batches, and what the hardware can do -----------------------------------------------------
 
 
 def batches_by_length(

@@ -269,15 +269,6 @@ def test_one_string_is_one_vector(encoder):
     assert np.array_equal(vector, encoder.encode(["A man plays a guitar."])[0])
 
 
-def test_an_error_is_one_line_and_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["llm2vec.py", "similar", "--model", "nowhere", "a"])
-    with pytest.raises(SystemExit) as end:
-        llm2vec.run(llm2vec.main)
-    said = capsys.readouterr()
-    assert end.value.code == 2 and said.out == ""
-    assert said.err.count("\n") == 1 and "nowhere" in said.err
-
-
 def test_json_lines_keep_their_fields(encoder, tmp_path):
     lines = [{"id": 7, "text": "One."}, {"text": "Zwei\u2028noch zwei.", "lang": "de"}]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -287,20 +278,6 @@ def test_json_lines_keep_their_fields(encoder, tmp_path):
     vectors = np.array([line.pop("vector") for line in found])
     assert found == lines
     np.testing.assert_allclose(vectors, encoder.encode([x["text"] for x in lines]), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("a.txt", b"fine\n\xff\n", "a.txt, line 2: "),
-        ("a.jsonl", b'{"text": "fine"}\n{"text": 3}\n', "a.jsonl, line 2: expected"),
-    ],
-)
-def test_a_bad_line_leaves_no_output(encoder, tmp_path, name, content, said):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said):
-        encode_file(encoder, str(tmp_path / name), str(tmp_path / "out.npy"))
-    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_a_file_of_several_chunks_keeps_its_order_and_has_its_name_once_it_is_whole(
