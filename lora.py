@@ -292,8 +292,11 @@ def read_adapter_config(file: Path) -> dict:
 
 def matched(patterns: dict[re.Pattern, float], name: str, default: float) -> float:
     """The value of the first pattern that matches the end of a name, from a dot on, as in PEFT."""
-    name = f"model.{name}"  # the name in a causal LM, which a pattern may hold as a whole
-    return next((value for pattern, value in patterns.items() if pattern.match(name)), default)
+    names = (name, f"model.{name}")  # in the inner model, and in a causal LM
+    for pattern, value in patterns.items():
+        if any(map(pattern.match, names)):
+            return value
+    return default
 
 
 # --- A 4-bit base ------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Adapters: what they change, what they never touch, and what is said of bad ones."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -114,6 +116,17 @@ def test_what_can_not_be_added_is_named():
         add_lora(decoder)
     with pytest.raises(ValueError, match="no adapters"):
         save_adapter(small_decoder(), "nowhere")
+
+
+@pytest.mark.parametrize("start", ["", "^layers.0.", "^model.layers.0."])
+def test_a_pattern_may_hold_the_whole_name_in_the_inner_model_or_in_a_causal_one(start, tmp_path):
+    save_adapter(with_adapters(), tmp_path)
+    file, decoder = tmp_path / "adapter_config.json", small_decoder()
+    changed = json.loads(file.read_text()) | {"alpha_pattern": {f"{start}mlp.up_proj": 24}}
+    file.write_text(json.dumps(changed))
+    load_adapter(decoder, tmp_path)
+    scales = [layer.mlp.up_proj.scale for layer in decoder.layers]
+    assert scales == [24 / 3, 12 / 3 if start else 24 / 3]
 
 
 UP = "base_model.model.layers.0.mlp.up_proj.lora_A.weight"
