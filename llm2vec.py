@@ -935,6 +935,7 @@ def main() -> None:
     add = encode.add_argument
     add("--input", required=True, help="a text a line, or .jsonl with `text`; - is standard input")
     add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
+    add("--normalize", action="store_true", help="vectors of length 1")
     similar = commands.add_parser("similar", help="print the cosines between a few sentences")
     text = "a sentence in quotation marks; sentences stand in front of --adapters, not behind"
     similar.add_argument("texts", nargs="+", metavar="TEXT", help=text)
@@ -945,16 +946,14 @@ def main() -> None:
         add("--separator", help="between the two (default: as the folder says, else a line break)")
         add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
         add("--max-length", type=int, metavar="N", help="tokens that are read of a text, at most")
-    encode.add_argument("--normalize", action="store_true", help="vectors of length 1")
     args = parser.parse_args()
-    from data.files import count_cut, encode_file, tell_cut
-
     how = {"pooling": args.pooling, "max_length": args.max_length, "separator": args.separator}
     model = load(args, **how)
     if args.command == "encode":
+        from data.files import encode_file  # in parts, so that memory does not grow with the file
+
         encode_file(model, args.input, args.output, args.instruction, args.normalize)
         return
-    tell_cut(model, count_cut(model, args.texts, args.instruction), len(args.texts))
     vectors = torch.from_numpy(model.encode(args.texts, args.instruction, normalize=True))
     for row, text in zip((vectors @ vectors.T).tolist(), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
