@@ -28,27 +28,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llm2vec
-from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
+from data.corpus import WIKIPEDIA, cut_into_blocks, lines_of, read_documents, split_documents
 from data.metrics import entity_f1, ndcg, recall, spearman, v_measure
-from llm2vec import POOLING, LLM2Vec, batches_by_length, load, mask_tokens, pad, pool, reading
+from llm2vec import POOLING, LLM2Vec, batches_by_length, load, mask_tokens, pad, pool
 
 STS = Path(__file__).parent / "sts"
 STSB_DEV, STSB_TEST = STS / "stsb-dev.tsv", STS / "stsb-test.tsv"
 STS_FILES = [*sorted(STS.glob("sts1*.tsv")), STSB_TEST]
 WORDS = Path(__file__).parent / "words"
-EWT = WORDS / "ewt-pos-dev.tsv", WORDS / "ewt-pos-test.tsv"
+EWT = WORDS / "ewt-pos-dev.tsv", WORDS / "ewt-pos-test.tsv"  # trained on, tested on
 WNUT = WORDS / "wnut17-ner-train.tsv", WORDS / "wnut17-ner-dev.tsv"
-COLUMNS = {"POS": EWT, "NER": WNUT}  # by score: trained on, tested on
 
 
 def read_lines(path: str | Path, expected: str, parse: Callable[[str], Any]) -> list:
     """What `parse` makes of each line; an error names the file, the line and what was expected."""
-    with reading(path), open(path, encoding="utf-8-sig") as file:
-        lines = list(file)
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         try:
-            found.append(parse(line.removesuffix("\n")))
+            found.append(parse(line.decode("utf-8-sig").rstrip("\r\n")))
         except Exception:
             what = f"expected {expected}, got {line!r:.60}"
             raise ValueError(f"{path}, line {number}: {what}") from None
@@ -96,11 +93,11 @@ def sts(encoder: LLM2Vec, files: str | Path | Sequence[str | Path] = STSB_TEST) 
     """
     tasks: dict[str, tuple[list, list, list]] = {}
     for file in [files] if isinstance(files, (str, Path)) else files:
-        name = Path(file).stem
-        of_a_year = re.match(r"sts\d\d(?=-|$)", name)
-        if name in tasks and not of_a_year:
+        stem = Path(file).stem
+        name = re.sub(r"^sts(\d\d)(-.*)?$", r"STS\1", stem)
+        if name in tasks and name == stem:
             raise ValueError(f"{file}: a second file named {name}: its score would take its name")
-        task = tasks.setdefault(of_a_year[0].upper() if of_a_year else name, ([], [], []))
+        task = tasks.setdefault(name, ([], [], []))
         for all_of_it, more in zip(task, read_sts(file), strict=True):
             all_of_it.extend(more)
     texts = list(dict.fromkeys(t for _, a, b in tasks.values() for t in (*a, *b)))
@@ -228,26 +225,19 @@ def k_means(x: Tensor, k: int, restarts: int = 10, seed: int = 0) -> Tensor:
 
 
 def read_columns(path: str | Path) -> list[tuple[list[str], list[str]]]:
-    """The words and labels of each sentence of a CoNLL-style file, first and last column.
-
-    A word a line, columns set apart by tabs (else by spaces), a blank line behind each sentence.
-    """
-    widths = set()
+    """The words and labels of each sentence: `word<TAB>label` lines, a blank one behind each."""
 
     def parse(line: str) -> list[str]:
-        if not line.strip() or line.startswith("-DOCSTART-"):
-            return []
-        columns = [c.strip() for c in (line.split("\t") if "\t" in line else line.split())]
-        widths.add(len(columns))
-        if len(widths) > 1 or len(columns) < 2 or not all(columns):
+        columns = [column.strip() for column in line.split("\t")]
+        if line.strip() and (len(columns) != 2 or not all(columns)):
             raise ValueError
-        return columns
+        return columns if line.strip() else []
 
-    rows = read_lines(path, "two columns or more, as many as in the lines before", parse)
+    rows = read_lines(path, "word<TAB>label", parse)
     sentences = [list(group) for is_sentence, group in groupby(rows, bool) if is_sentence]
     if not sentences:
         raise ValueError(f"{path}: no sentence in it")
-    return [([row[0] for row in words], [row[-1] for row in words]) for words in sentences]
+    return [([word for word, _ in rows], [label for _, label in rows]) for rows in sentences]
 
 
 @torch.no_grad()
@@ -270,8 +260,8 @@ def word_states(
         for row, i in zip(decoder(ids, segments).float().cpu(), batch, strict=True):
             # The word that a token is in, by where it ends; a space goes with the word behind it.
             inside = np.repeat(np.arange(len(sentences[i])), [len(w) + 1 for w in sentences[i]])
-            spans = zip(encodings[i].offsets, encodings[i].special_tokens_mask, strict=True)
-            ends = {t: end for t, ((start, end), s) in enumerate(spans) if end > start and not s}
+            # Special tokens are nowhere in the text: they end where they start.
+            ends = {t: end for t, (start, end) in enumerate(encodings[i].offsets) if end > start}
             word = torch.from_numpy(firsts[i] + inside[list(ends.values())])
             t = torch.tensor(list(ends))
             total.index_add_(0, word, torch.stack([row[t], row[(t - 1).clamp_min(0)]], dim=1))
@@ -279,16 +269,14 @@ def word_states(
     return (total / count.clamp_min(1)).unbind(1)
 
 
-def words(
-    encoder: LLM2Vec, train: str | Path, test: str | Path, name: str | None = None
-) -> dict[str, float]:
-    """Score frozen word states with a linear probe, trained on one column file, tested on another.
+def words(encoder: LLM2Vec, name: str, train: str | Path, test: str | Path) -> dict[str, float]:
+    """Score frozen word states with a linear probe, trained on one file and tested on another.
 
     The paper's section 3.1. Labels that start with B- or I- are entities, scored by F1; others are
     tags, scored by accuracy. Two scores: `name`, at a word's own tokens, and `name, i-1`, at the
     tokens before, which the paper reads after MNTP.
     """
-    name, sides = name or Path(test).stem, [read_columns(file) for file in (train, test)]
+    sides = [read_columns(file) for file in (train, test)]
     labels = [label for side in sides for _, labels in side for label in labels]
     kinds, labels = np.unique(labels, return_inverse=True)
     y = torch.from_numpy(labels).to(encoder.decoder.device)
@@ -399,7 +387,6 @@ def evaluate(
     held_out: Sequence[str],
     benchmarks: Sequence[str] = ("sts", "masked"),
     sts_files: str | Path | Sequence[str | Path] = STSB_TEST,
-    columns: dict[str, tuple] = COLUMNS,
 ) -> dict[str, float]:
     """Scores by name; masked tokens are those of the held-out documents."""
     scores, masked = {}, {}
@@ -411,8 +398,8 @@ def evaluate(
         scores |= sts(model, sts_files)
     if "articles" in benchmarks:
         scores |= articles(model)
-    for name, files in columns.items() if "words" in benchmarks else ():
-        scores |= words(model, *files, name)
+    if "words" in benchmarks:
+        scores |= words(model, "POS", *EWT) | words(model, "NER", *WNUT)
     return scores | masked
 
 
@@ -464,36 +451,26 @@ def main() -> None:
     add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="(default: all)")
     text = "score<TAB>a<TAB>b lines (default: STS12 without MSRvid, STS15 and STS-B test)"
     add("--sts", nargs="+", default=STS_FILES, metavar="FILE", help=text)
-    text = "column files to probe words with (default: EWT tags and WNUT-17 entities)"
-    add("--words", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"), help=text)
     add("--corpus", default=WIKIPEDIA, help="of whose held-out documents tokens are masked")
     add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
     add("--causal", action="store_true", help="leave out step 1: attend to the left only")
     add("--baselines", action="store_true", help="score the baselines of the causal model too")
     args = parser.parse_args()
-    held_out = held_out_of(args.corpus)
-    names = [Path(test).stem for _, test in args.words]
-    columns = dict(zip(names, args.words, strict=True)) or COLUMNS
-    if len(columns) < len(names):
-        raise ValueError(f"--words: test files of one name ({', '.join(names)}) have one score")
+    held_out, name = held_out_of(args.corpus), Path(args.model).name
 
     def score(encoder: LLM2Vec, which: Sequence[str]) -> dict[str, float]:
         start = time.monotonic()
-        scores = evaluate(encoder, held_out, which, args.sts, columns)
+        scores = evaluate(encoder, held_out, which, args.sts)
         return scores | {"seconds": time.monotonic() - start}
 
-    name = Path(args.model).name
-    rows = {
-        name: score(
-            load(args, pooling=args.pooling, is_causal=args.causal or None), args.benchmarks
-        )
-    }
+    how = {"pooling": args.pooling, "is_causal": args.causal or None}
+    rows = {name: score(load(args, **how), args.benchmarks)}
     if args.baselines:
         which = [which for which in args.benchmarks if which in ("sts", "articles")]
         untrained = baselines(load(args, adapters=[], is_causal=True))
         rows = {name: score(baseline, which) for name, baseline in untrained} | rows
     print(table(rows))
-    print(json.dumps(rows[name] if len(rows) == 1 else rows))
+    print(json.dumps(rows if args.baselines else rows[name]))
 
 
 if __name__ == "__main__":
