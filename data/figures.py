@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import llm2vec
 import lora
-from data.benchmarks import held_out_of, mask_id_of, read_lines
+from data.benchmarks import held_out_of, mask_id_of
 from data.corpus import WIKIPEDIA, sentences
 from llm2vec import LLM2Vec, pad, tokenize
 
@@ -47,24 +47,27 @@ def layer_cosines(encoder: LLM2Vec, texts: Sequence[str], positions: int = 32) -
     cut at `positions` tokens. The paper (section 5.2) finds it near 1 for Mistral-7B alone.
     """
     decoder = encoder.decoder.train(False)
-    both_ways = [copy.copy(decoder), copy.copy(decoder)]  # the same weights
-    for view, is_causal in zip(both_ways, (True, False), strict=True):
-        view.config = replace(decoder.config, is_causal=is_causal)
+    causal, both_ways = copy.copy(decoder), copy.copy(decoder)  # of the same weights
+    causal.config = replace(decoder.config, is_causal=True)
+    both_ways.config = replace(decoder.config, is_causal=False)
     layers = len(decoder.layers)
     total, count = torch.zeros(layers, positions), torch.zeros(positions)
     for ids, _ in tokenize(encoder.tokenizer, texts, positions):
-        states = [view(pad([ids], decoder.device), last=layers) for view in both_ways]
+        row = pad([ids], decoder.device)
+        states = causal(row, last=layers), both_ways(row, last=layers)
         total[:, : len(ids)] += F.cosine_similarity(*states, dim=-1)[:, 0].cpu()  # (layers, T)
         count[: len(ids)] += 1
     return torch.where(count > 0, total / count, math.nan).numpy()
 
 
 @torch.no_grad()
-def guesses(encoder: LLM2Vec, sentence: str, word: str) -> tuple[list[str], dict[str, float]]:
-    """The tokens of a sentence, and what is guessed where `word` is hidden behind `_`.
+def guesses(
+    encoder: LLM2Vec, sentence: str, word: str
+) -> tuple[list[str], dict[str, float], float]:
+    """The tokens of a sentence, and what the model guesses where `word` is hidden behind `_`.
 
-    The three likeliest tokens and their probabilities, likeliest first, then `word` if it is none
-    of them; as in MNTP, they are read off the state before the hidden token.
+    These are the three likeliest tokens with their probabilities, and the probability of `word`.
+    As in MNTP, they are read off the state before the hidden token.
     """
     [(ids, own)] = tokenize(encoder.tokenizer, [sentence], encoder.max_length)
     words = [encoder.tokenizer.decode([k]).strip() for k in ids]
@@ -73,9 +76,9 @@ def guesses(encoder: LLM2Vec, sentence: str, word: str) -> tuple[list[str], dict
     i, decoder = words.index(word), encoder.decoder.train(False)
     masked = pad([[*ids[:i], mask_id_of(encoder), *ids[i + 1 :]]], decoder.device)
     chances = decoder.logits(decoder(masked)[0, i - 1]).float().softmax(-1)
-    shown = [*chances.topk(3).indices.tolist(), ids[i]]
-    named = {encoder.tokenizer.decode([k]).strip(): chances[k].item() for k in shown}
-    return words[own.index(True) :], named
+    likeliest = chances.topk(3).indices.tolist()
+    named = {encoder.tokenizer.decode([k]).strip(): chances[k].item() for k in likeliest}
+    return words[own.index(True) :], named, chances[ids[i]].item()
 
 
 @torch.no_grad()
@@ -95,28 +98,26 @@ def view_cosines(encoder: LLM2Vec, texts: Sequence[str], draws: int = 32) -> lis
 
 # --- SVG ---------------------------------------------------------------------------------------
 
-COLOURS = {  # on a light background, and on a dark one
-    "ink": ("#1f2328", "#f0f6fc"),
-    "muted": ("#59636e", "#9198a1"),
-    "rule": ("#d1d9e0", "#3d444d"),
-    "blue": ("#0969da", "#4493f7"),
-    "orange": ("#bc4c00", "#f0883e"),
-}
+STYLE = """
+text,rect,circle{fill:currentColor} path{fill:none;stroke:currentColor}
+.ink{color:#1f2328} .muted{color:#59636e} .rule{color:#d1d9e0}
+.blue{color:#0969da} .orange{color:#bc4c00}
+@media(prefers-color-scheme:dark){
+.ink{color:#f0f6fc} .muted{color:#9198a1} .rule{color:#3d444d}
+.blue{color:#4493f7} .orange{color:#f0883e}
+}"""
 FONT = 'font-family="system-ui,-apple-system,Segoe UI,Helvetica,Arial,sans-serif" font-size="12"'
 
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
     """A picture that scales with the page, and follows its light or dark mode even in <img>."""
-    light, dark = ("".join(f".{k}{{color:{c[i]}}}" for k, c in COLOURS.items()) for i in (0, 1))
-    style = "text,rect,circle{fill:currentColor}path{fill:none;stroke:currentColor}"
-    style += f"{light}@media(prefers-color-scheme:dark){{{dark}}}"
     size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}><style>{style}</style>'
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}><style>{STYLE}</style>'
     return "\n".join([start, *parts, "</svg>"]) + "\n"
 
 
 def tag(name: str, kind: str, content: object = "", **attributes: object) -> str:
-    """An element in a colour of COLOURS; an underscore in an attribute's name is a dash."""
+    """An element of a class of STYLE; an underscore in an attribute's name is a dash."""
     values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in attributes.items()}
     said = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in values.items())
     return f'<{name} class="{kind}"{said}>{escape(str(content))}</{name}>'
@@ -150,15 +151,16 @@ def panel(x: float, y: float, title: str, about: str, parts: Sequence[str]) -> s
 
 
 def bars(
-    rows: dict[str, float], best: str, place: tuple[float, float], unit: float, pitch: int, how: str
+    rows: dict[str, float], best: str, x: float, y: float, unit: float, pitch: int, digits: str
 ) -> list[str]:
-    """A bar for each row, `unit` long for 1; that of `best` is orange. `how` formats the number."""
-    parts, (x, y) = [], place
+    """A bar for each row, `unit` long for 1, with its number; that of `best` is orange."""
+    parts = []
     for k, (name, value) in enumerate(rows.items()):
         kind, top, width = ("blue", "orange")[name == best], y + pitch * k, max(2, unit * value)
         middle = top + pitch / 2 - 1
-        parts += [text(x - 10, middle, name, "ink", "end"), box(kind, x, top, width, pitch - 10)]
-        parts.append(text(x + width + 8, middle, format(value, how), kind))
+        parts.append(text(x - 10, middle, name, anchor="end"))
+        parts.append(box(kind, x, top, width, pitch - 10))
+        parts.append(text(x + width + 8, middle, format(value, digits), kind))
     return parts
 
 
@@ -168,27 +170,29 @@ def bars(
 def mask_panel(place: tuple[float, float], words: Sequence[str]) -> str:
     """Step 1: a row for each token, with a cell for each that it attends to, blue if causally."""
     T, left, top = len(words), 70, 112
-    cell, parts = 156 / T, legend("blue", "causal: what came before", 302)
+    cell, causal = 156 / T, llm2vec.attention_mask(torch.ones(1, T), is_causal=True)[0, 0]
+    parts = legend("blue", "causal: what came before", 302)
     parts += legend("orange", "step 1 adds what comes after", 322)
-    causal, both = (llm2vec.attention_mask(torch.ones(1, T), c) for c in (True, False))
-    both = torch.ones(1, 1, T, T) if both is None else both  # None: nothing is masked
     for i, word in enumerate(words):
         x, y = left + (i + 0.5) * cell, top + (i + 0.5) * cell
         parts.append(text(0, 0, word, transform=f"translate({x + 4:g} {top - 8}) rotate(-45)"))
         parts.append(text(left - 10, y + 4, word, anchor="end"))
-        for j in both[0, 0, i].nonzero().flatten().tolist():
-            kind = "blue" if causal[0, 0, i, j] else "orange"
+        for j in range(T):
+            kind = "blue" if causal[i, j] else "orange"
             parts.append(box(kind, left + j * cell, y - cell / 2, cell - 2, cell - 2))
     return panel(*place, "1 · Look both ways", "The mask opens, no weight changes.", parts)
 
 
 def mntp_panel(
-    place: tuple[float, float], words: Sequence[str], chances: dict[str, float], untrained: float
+    place: tuple[float, float], words: Sequence[str], likeliest: dict[str, float], untrained: float
 ) -> str:
     """Step 2: the state before a hidden token, and what it guesses."""
-    i, x, parts = words.index(HIDDEN), 0.0, [box("ink", 0, 220, 270, 28, fill_opacity=0.08)]
+    i, x = words.index(HIDDEN), 0.0
     shown, names = [*words[:i], "_", *words[i + 1 :]], {i - 1: "i − 1", i: "i"}
     unit = 275 / sum(len(word) + 2.4 for word in shown)  # the width of a letter
+    parts = bars(likeliest, HIDDEN, 88, 64, 130, 24, ".0%")
+    parts.append(box("ink", 0, 220, 270, 28, fill_opacity=0.08))
+    parts.append(text(135, 238, "decoder, looking both ways", "muted", "middle"))
     for k, word in enumerate(shown):
         width, kind = unit * (len(word) + 2.4) - 5, ("ink", "orange")[k == i]
         middle = x + width / 2
@@ -200,42 +204,35 @@ def mntp_panel(
         if k == i - 1:
             parts.append(path("blue", f"M{middle:g} 188v-46m-5 6l5 -6l5 6"))
         x += width + 5
-    parts.append(text(135, 238, "decoder, looking both ways", "muted", "middle"))
-    parts += bars(dict(list(chances.items())[:3]), HIDDEN, (88, 64), 130, 24, ".0%")
     parts.append(text(0, 322, f"Looking back only, untrained: {HIDDEN} {untrained:.0%}", "muted"))
     return panel(*place, "2 · Name what is hidden", "MNTP: read off the state before it.", parts)
 
 
-def simcse_panel(
-    place: tuple[float, float],
-    texts: Sequence[str],
-    before: Sequence[float],
-    after: Sequence[float],
-) -> str:
-    """Step 3: cosines of a sentence with its second view, and with other sentences."""
+def simcse_panel(place: tuple[float, float], cosines: dict[str, tuple[float, float]]) -> str:
+    """Step 3: cosines of a sentence with others, before and after."""
     parts = legend("muted", "before", 322, hollow=True)
     parts += legend("muted", "after SimCSE", 322, 90)
-    for k, (said, *cosines) in enumerate(zip(texts, before, after, strict=True)):
-        y, kind, (x, x1) = 91 + 46 * k, ("blue", "orange")[k == 0], np.clip(cosines, 0, 1) * 150
+    for k, (said, pair) in enumerate(cosines.items()):
+        y, kind, (x, x1) = 91 + 46 * k, ("blue", "orange")[k == 0], np.clip(pair, 0, 1) * 150
         parts += [text(0, y - 15, said), path("rule", f"M0 {y}H150")]
         parts += [path(kind, f"M{x:.5g} {y}H{x1:.5g}"), dot(kind, x, y, True), dot(kind, x1, y)]
-        parts.append(text(240, y + 4, "{:.2f} → {:.2f}".format(*cosines), kind, "end"))
+        parts.append(text(240, y + 4, "{:.2f} → {:.2f}".format(*pair), kind, "end"))
     return panel(*place, "3 · Tell sentences apart", "SimCSE: cosines of this sentence with", parts)
 
 
 def draw_method(args: argparse.Namespace) -> str:
     if len(args.adapters) != 2:
         raise ValueError("--adapters: expected two, which MNTP and SimCSE trained")
-    texts, said = [SENTENCE, *OTHERS], ["itself, under other dropout", *OTHERS]
     steps = (llm2vec.load(args, adapters=args.adapters[:n], is_causal=n == 0) for n in range(3))
-    untrained = guesses(next(steps), SENTENCE, HIDDEN)[1][HIDDEN]
-    model = next(steps)
-    words, chances = guesses(model, SENTENCE, HIDDEN)
-    before, after = view_cosines(model, texts), view_cosines(next(steps), texts)
+    _, _, untrained = guesses(next(steps), SENTENCE, HIDDEN)
+    model, texts = next(steps), [SENTENCE, *OTHERS]
+    words, likeliest, _ = guesses(model, SENTENCE, HIDDEN)
+    pairs = zip(view_cosines(model, texts), view_cosines(next(steps), texts), strict=True)
+    cosines = dict(zip(["itself, under other dropout", *OTHERS], pairs, strict=True))
     places = [(30, 0), (30, 360), (30, 720)] if args.narrow else [(0, 0), (285, 0), (590, 0)]
-    first, second = mask_panel(places[0], words), mntp_panel(places[1], words, chances, untrained)
-    third = simcse_panel(places[2], said, before, after)
-    return svg(*((330, 1050) if args.narrow else (830, 330)), [first, second, third])
+    parts = [mask_panel(places[0], words), mntp_panel(places[1], words, likeliest, untrained)]
+    parts.append(simcse_panel(places[2], cosines))
+    return svg(*((330, 1050) if args.narrow else (830, 330)), parts)
 
 
 # --- Layers ------------------------------------------------------------------------------------
@@ -279,8 +276,7 @@ def draw_layers(args: argparse.Namespace) -> str:
     for n, name in enumerate([args.model, *args.adapters]):
         title = ("+ " if n else "") + Path(name).name
         cosines = layer_cosines(llm2vec.load(args, adapters=args.adapters[:n]), texts)
-        layers = " ".join(f"{c:.2f}" for c in np.nanmean(cosines, axis=1))
-        print(f"{title}: mean {np.nanmean(cosines):.2f}, by layer {layers}")
+        print(f"{title}, by layer:", *(f"{c:.2f}" for c in np.nanmean(cosines, axis=1)))
         panels[title] = cosines
     return heat_map_svg(panels)
 
@@ -288,27 +284,25 @@ def draw_layers(args: argparse.Namespace) -> str:
 # --- Curves and bars ---------------------------------------------------------------------------
 
 
-def read_log(run: str | Path) -> dict[str, list[tuple[float, float]]]:
+def read_log(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and their losses, by stage, from the log.jsonl of a run folder or of those in it."""
-
-    def parse(line: str) -> tuple[float, float]:
-        return float(json.loads(line)["step"]), float(json.loads(line)["loss"])
-
-    files = [*Path(run).glob("log.jsonl"), *Path(run).glob("*/log.jsonl")]
-    logs, expected = {}, "a JSON object with step and loss"
-    for file in sorted(files, key=lambda f: f.stat().st_mtime):
-        logs[file.parent.resolve().name] = read_lines(file, expected, parse)
-    if not any(logs.values()):
+    files, logs = [*Path(run).glob("log.jsonl"), *Path(run).glob("*/log.jsonl")], {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        with llm2vec.reading(file):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            points = [(int(line["step"]), float(line["loss"])) for line in lines]
+        if points:
+            logs[file.parent.resolve().name] = points
+    if not logs:
         raise FileNotFoundError(f"{run}: no log.jsonl with a step, in it or one folder below")
-    return {stage: lines for stage, lines in logs.items() if lines}
+    return logs
 
 
-def curves_svg(runs: dict[str, list[tuple[float, float]]]) -> str:
+def curves_svg(logs: dict[str, list[tuple[int, float]]]) -> str:
     """The loss by step, a panel for each stage, two in a row."""
     parts, width, height, bottom = [], 340, 180, 238
-    for n, (title, lines) in enumerate(runs.items()):
-        known = [(step, loss) for step, loss in lines if math.isfinite(loss)]
-        steps, most, own = lines[-1][0], max([loss for _, loss in known] or [0]) or 1.0, []
+    for n, (title, points) in enumerate(logs.items()):
+        steps, most, own = points[-1][0], max(loss for _, loss in points) or 1.0, []
         unit = 10.0 ** math.floor(math.log10(most))
         rules = math.ceil(most / unit)  # lines a unit apart, the last above all
         for k in range(rules + 1):
@@ -318,24 +312,24 @@ def curves_svg(runs: dict[str, list[tuple[float, float]]]) -> str:
         for k in range(5):
             own.append(text(width * k / 4, bottom + 18, f"{steps * k / 4:g}", "muted", "middle"))
         across, up = width / steps, height / rules / unit  # pixels for a step, and for a nat
-        points = (f"{across * step:.1f},{bottom - up * loss:.1f}" for step, loss in known)
-        own.append(path("blue", "M" + " ".join(points)))
+        line = (f"{across * step:.1f},{bottom - up * loss:.1f}" for step, loss in points)
+        own.append(path("blue", "M" + " ".join(line)))
         parts.append(panel(44 + 420 * (n % 2), 276 * (n // 2), title, "loss (nats) by step", own))
-    return svg(410 if len(runs) == 1 else 830, 276 * math.ceil(len(runs) / 2), parts)
+    return svg(410 if len(logs) == 1 else 830, 276 * math.ceil(len(logs) / 2), parts)
 
 
 def draw_bars(args: argparse.Namespace) -> str:
-    rows, name = llm2vec.read_json(Path(args.table)), args.score
+    rows, scores = llm2vec.read_json(Path(args.table)), {}
     with llm2vec.reading(args.table):
-        runs = {row: r if isinstance(r, list) else [r] for row, r in rows.items()}  # of seeds
-        scores = {
-            row: float(np.mean([s[name] for s in r])) for row, r in runs.items() if name in r[0]
-        }
+        for name, runs in rows.items():
+            runs = runs if isinstance(runs, list) else [runs]  # of several seeds
+            if args.score in runs[0]:
+                scores[name] = float(np.mean([run[args.score] for run in runs]))
         if not scores:
-            raise ValueError(f"no row has the score {name}")
+            raise ValueError(f"no row has the score {args.score}")
     best = max(scores, key=scores.get)
-    parts = bars(scores, best, (200, 36), 560 / max(scores[best], 1e-9), 34, ".3f")
-    return svg(830, 40 + 34 * len(scores), [panel(0, 0, args.title or name, "", parts)])
+    parts = bars(scores, best, 200, 36, 560 / max(scores[best], 1e-9), 34, ".3f")
+    return svg(830, 40 + 34 * len(scores), [panel(0, 0, args.title or args.score, "", parts)])
 
 
 # --- Command line ------------------------------------------------------------------------------
@@ -346,26 +340,27 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     method = commands.add_parser("method", help="the three steps, with a model's own numbers")
     llm2vec.add_model_flags(method, default=HERE / "tiny-llama")
-    adapters, output = ["runs/tiny/mntp", "runs/tiny/simcse"], HERE / "pictures" / "method.svg"
+    method.set_defaults(draw=draw_method, adapters=["runs/tiny/mntp", "runs/tiny/simcse"])
     method.add_argument("--narrow", action="store_true", help="the steps one below the other")
-    method.set_defaults(draw=draw_method, adapters=adapters, output=output)
+    method.add_argument("--output", default=HERE / "pictures" / "method.svg")
     layers = commands.add_parser("layers", help="what looking both ways changes, layer by layer")
     llm2vec.add_model_flags(layers, required=True)
+    layers.set_defaults(draw=draw_layers)
     layers.add_argument("--corpus", default=WIKIPEDIA, help="its held-out documents are read")
-    layers.set_defaults(draw=draw_layers, output="layers.svg")
-    curves = commands.add_parser("curves", help="the loss of a run: RUN/curves.svg")
+    layers.add_argument("--output", default="layers.svg")
+    curves = commands.add_parser("curves", help="the loss of a run by step")
+    curves.set_defaults(draw=lambda args: curves_svg(read_log(args.run)))
     curves.add_argument("run", metavar="RUN", help="folder with a log.jsonl, or with such folders")
-    curves.set_defaults(draw=lambda args: curves_svg(read_log(args.run)), output=None)
+    curves.add_argument("--output", help="(default: RUN/curves.svg)")
     table = commands.add_parser("bars", help="a score of each row of a table")
+    table.set_defaults(draw=draw_bars)
     table.add_argument("table", metavar="TABLE", help="results.json, as train.py writes it")
     table.add_argument("--score", default="stsb-test", help="its name there (default: %(default)s)")
     table.add_argument("--title", help="(default: the name)")
-    table.set_defaults(draw=draw_bars, output="bars.svg")
-    for made in commands.choices.values():
-        made.add_argument("--output", default=made.get_default("output"), help="file to write")
+    table.add_argument("--output", default="bars.svg")
     args = parser.parse_args()
-    picture, file = args.draw(args), Path(args.output or f"{args.run}/curves.svg")
-    lora.write_whole(file, picture.encode())
+    file = Path(args.output or f"{args.run}/curves.svg")
+    lora.write_whole(file, args.draw(args).encode())
     print(file)
 
 
