@@ -55,10 +55,9 @@ def read_lines(path: str | Path, expected: str, parse: Callable[[str], Any]) -> 
 def unit_vectors(encoder: LLM2Vec, texts: Sequence[str]) -> np.ndarray:
     """Vectors of length 1, (N, d) float64. Raises ValueError if one is not finite."""
     vectors = encoder.encode(texts).astype(np.float64)
-    broken = np.flatnonzero(~np.isfinite(vectors).all(1))
-    if len(broken):
-        what = f"NaN or infinity in the vectors of {len(broken)} of {len(texts)} texts"
-        raise ValueError(f"{what}, such as {texts[broken[0]]!r:.60}")
+    finite = np.isfinite(vectors).all(1)
+    if not finite.all():
+        raise ValueError(f"NaN or infinity in the vector of {texts[finite.argmin()]!r:.60}")
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 
 
@@ -202,10 +201,10 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
     return train(x, y, weights[int(np.argmin(losses))])(x_test).argmax(1)
 
 
-def k_means(x: Tensor, k: int, restarts: int = 10, seed: int = 0) -> Tensor:
-    """Cluster numbers (N,) of x (N, d): the tightest of several k-means++ runs (Lloyd 1982)."""
-    generator, runs = torch.Generator().manual_seed(seed), []
-    for _ in range(restarts):
+def k_means(x: Tensor, k: int) -> Tensor:
+    """Cluster numbers (N,) of x (N, d): the tightest of ten k-means++ runs (Lloyd 1982)."""
+    generator, runs = torch.Generator().manual_seed(0), []
+    for _ in range(10):
         centres = x[torch.randint(len(x), (1,), generator=generator)]
         while len(centres) < k:  # far points are likely to become the next centre
             far = torch.cdist(x, centres).amin(1).square() + 1e-12
@@ -241,9 +240,7 @@ def read_columns(path: str | Path) -> list[tuple[list[str], list[str]]]:
 
 
 @torch.no_grad()
-def word_states(
-    encoder: LLM2Vec, sentences: Sequence[Sequence[str]], max_tokens: int = 8192
-) -> tuple[Tensor, Tensor]:
+def word_states(encoder: LLM2Vec, sentences: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
     """States of all words, (words, d) float32: at a word's tokens, and one token before each.
 
     A word's vector averages those of its tokens. The state before a token is where the model
@@ -254,7 +251,7 @@ def word_states(
     firsts = np.cumsum([0] + [len(words) for words in sentences])
     total = torch.zeros(firsts[-1], 2, decoder.config.hidden_size)
     count = torch.zeros(firsts[-1], 1, 1)
-    for batch in batches_by_length([len(e.ids) for e in encodings], max_tokens):
+    for batch in batches_by_length([len(e.ids) for e in encodings], 8192):
         ids = pad([encodings[i].ids for i in batch], decoder.device)
         segments = pad([[1] * len(encodings[i].ids) for i in batch], decoder.device)
         for row, i in zip(decoder(ids, segments).float().cpu(), batch, strict=True):
@@ -298,17 +295,14 @@ def words(encoder: LLM2Vec, name: str, train: str | Path, test: str | Path) -> d
 
 
 @torch.inference_mode()
-def masked_accuracy(
-    encoder: LLM2Vec, blocks: Tensor, mask_id: int, rate: float = 0.2, seed: int = 0
-) -> float:
+def masked_accuracy(encoder: LLM2Vec, blocks: Tensor, mask_id: int) -> float:
     """Share of hidden tokens that the model names, reading each off the state in front of it.
 
-    blocks: (N, T) token ids. A share `rate` of them, the same in every call, becomes mask_id.
+    blocks: (N, T) token ids. A fifth of them, the same in every call, becomes mask_id.
     """
-    decoder = encoder.decoder.train(False)
-    generator = torch.Generator().manual_seed(seed)
+    decoder, generator = encoder.decoder.train(False), torch.Generator().manual_seed(0)
     V, right = decoder.config.vocab_size, 0
-    masked, chosen = mask_tokens(blocks, mask_id, V, rate, (1.0, 0.0), generator=generator)
+    masked, chosen = mask_tokens(blocks, mask_id, V, 0.2, (1.0, 0.0), generator=generator)
     batches = (side.to(decoder.device).split(16) for side in (masked, blocks, chosen))
     for ids, answer, target in zip(*batches, strict=True):
         hidden = decoder(ids)[:, :-1][target[:, 1:]]
@@ -359,8 +353,7 @@ class InputEmbeddings(LLM2Vec):
     """The mean of the tokens' input embeddings: what is known without reading."""
 
     def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        device = self.decoder.device
-        ids, own = pad([ids for ids, _ in rows], device), pad([own for _, own in rows], device)
+        ids, own = (pad(side, self.decoder.device) for side in zip(*rows, strict=True))
         return pool(self.decoder.embed_tokens(ids), "mean", own)
 
 

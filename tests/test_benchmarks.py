@@ -49,7 +49,7 @@ def test_vectors_that_are_not_numbers_have_no_score(encoder, monkeypatch):
     assert math.isnan(spearman([0.1, 0.2, math.nan, 0.5], [1, 2, 3, 5]))
     overflown = np.array([[1.0, 2.0], [np.inf, 0.0], [3.0, np.nan]])
     monkeypatch.setattr(encoder, "encode", lambda texts: overflown)
-    with pytest.raises(ValueError, match="the vectors of 2 of 3 texts, such as 'two'"):
+    with pytest.raises(ValueError, match="infinity in the vector of 'two'"):
         bench.unit_vectors(encoder, ["one", "two", "three"])
 
 
@@ -309,6 +309,5 @@ def test_the_command_scores_a_checkpoint_and_the_baselines(encoder, tmp_path, mo
     assert list(rows) == [*(name for name, _ in bench.baselines(encoder)), "tiny-llama"]
     assert "\n".join(shown) == bench.table(rows)
     assert rows["tiny-llama"]["mine"] == pytest.approx(bench.sts(encoder, mine)["mine"])
-    assert (
-        rows["tiny-llama"]["masked tokens"] == 0.25 and "masked tokens" not in rows["causal, echo"]
-    )
+    masked = [name for name, scores in rows.items() if scores.get("masked tokens") == 0.25]
+    assert masked == ["tiny-llama"], "a baseline has no guesses of its own"
