@@ -206,12 +206,8 @@ def test_the_curves_of_a_run_stand_in_the_order_in_which_its_stages_ran(tmp_path
     assert read_log(tmp_path / "mntp") == {"mntp": [(1, 2.0), (2, 1.0)]}
     draw("curves", tmp_path, file=tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").read_text() == curves_svg(read_log(tmp_path))
-
-
-@pytest.mark.parametrize("line", ["no", "[]", '{"step": 1}', '{"step": 1, "loss": []}'])
-def test_a_bad_log_is_named(tmp_path, line):
-    (tmp_path / "log.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match=r"log\.jsonl: "):
+    file.write_text('{"step": 1, "loss": []}')
+    with pytest.raises(ValueError, match=r"mntp/log\.jsonl: "):
         read_log(tmp_path)
 
 
