@@ -21,6 +21,8 @@ SHARD = 5 * 10**9  # bytes of weights in one file, at most, as on the Hugging Fa
 NOTHING = "\u2063"  # a character that an exported tokenizer drops
 SENTENCE_BERT, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
 PROMPTS = "config_sentence_transformers.json"
+# What a mode of pooling is called by, less its short name, which is in use since version 6.
+MODE = re.compile("^pooling_mode_|_tokens?$")
 
 
 def save_encoder(model: LLM2Vec, folder: Path) -> None:
@@ -65,9 +67,12 @@ def described(folder: Path) -> dict[str, object]:
     otherwise. A folder without either is a language model, of which the paper's encoder is made.
     Raises ValueError for a module of sentence-transformers that would change the vectors.
     """
-    config, modules = read_json(folder / "config.json"), folder / "modules.json"
-    said = {"pooling": "mean", "max_length": 512}
-    said |= config.get("llm2vec") or {}
+
+    def read(name: str) -> dict:
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    config, modules = read("config.json"), folder / "modules.json"
+    said = {"pooling": "mean", "max_length": 512} | (config.get("llm2vec") or {})
     is_encoder = "llm2vec" in config or modules.exists()
     said["is_causal"] = config.get("is_causal", True) if is_encoder else False
     if not modules.exists():
@@ -82,25 +87,19 @@ def described(folder: Path) -> dict[str, object]:
                 pooling = read_json(folder / module["path"] / "config.json")
                 said["include_prompt"] = pooling.get("include_prompt", True)
                 modes = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v]
-                names = {shortened(st): name for name, (_, st) in POOLING.items() if st}
-                mode = "+".join(map(shortened, modes)) or pooling["pooling_mode"]
+                names = {MODE.sub("", st): name for name, (_, st) in POOLING.items() if st}
+                mode = "+".join(MODE.sub("", k) for k in modes) or pooling["pooling_mode"]
                 said["pooling"] = names.get(mode, mode)  # LLM2Vec refuses one that it doesn't know
-    lengths = [config.get("max_position_embeddings")]
-    for name, key in ((SENTENCE_BERT, "max_seq_length"), (TOKENIZER, "model_max_length")):
-        lengths.append(read_json(folder / name).get(key) if (folder / name).exists() else None)
-    said["max_length"] = lengths[1] or min(int(n) for n in (*lengths, 1e30) if n)
-    more = read_json(folder / PROMPTS) if (folder / PROMPTS).exists() else {}
+    lengths = (config.get("max_position_embeddings"), read(TOKENIZER).get("model_max_length"))
+    shorter = min(int(length) for length in (*lengths, 1e30) if length)
+    said["max_length"] = read(SENTENCE_BERT).get("max_seq_length") or shorter
+    more = read(PROMPTS)
     prompts = {name: text.replace(NOTHING, "") for name, text in more.get("prompts", {}).items()}
     said["prompts"] = {name: text for name, text in prompts.items() if text}
     if default := prompts.get(more.get("default_prompt_name")):
         what = f"its default prompt {default!r} is not read in front of texts"
         print(f"{folder}: {what}; as an instruction, it is", file=sys.stderr)
     return said
-
-
-def shortened(mode: str) -> str:
-    """A mode of sentence-transformers' pooling by its short name, in use since version 6."""
-    return re.sub("^pooling_mode_|_tokens?$", "", mode)
 
 
 def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
@@ -138,8 +137,18 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
     pad = next(i for i in (*added, *range(len(in_front) + 1)) if i not in in_front)
     kind = "ForCausalLM" if model.decoder.can_predict else "Model"
     family = {"smollm3": "SmolLM3"}.get(config.model_type, config.model_type.capitalize())
-    about = {"architectures": [family + kind], "hidden_act": "silu", "pad_token_id": pad}
-    about["torch_dtype"] = str(model.decoder.norm.weight.dtype).removeprefix("torch.")
+    how = ("pooling", "max_length", "separator", "include_prompt")
+    fields = vars(config) | {
+        "architectures": [family + kind],
+        "hidden_act": "silu",
+        "pad_token_id": pad,
+        "torch_dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
+        "llm2vec": {name: getattr(model, name) for name in how},
+    }
+    if config.model_type != "mistral":
+        fields["use_sliding_window"] = config.sliding_window is not None
+    if config.layer_types is None:  # the very key makes a Ministral of a Mistral, in transformers
+        del fields["layer_types"]
     tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": model.tokenizer.id_to_token(pad),
@@ -149,29 +158,22 @@ def checkpoint_files(model: LLM2Vec) -> dict[str, object]:
     }
     if len(behind) == 1:
         tokens["eos_token"] = model.tokenizer.id_to_token(behind[0])
-    how = {name: getattr(model, name) for name in ("pooling", "max_length", "separator")}
-    about["llm2vec"] = how | {"include_prompt": model.include_prompt}
-    if config.model_type != "mistral":
-        about["use_sliding_window"] = config.sliding_window is not None
-    fields = vars(config) | about
-    if config.layer_types is None:  # the very key makes a Ministral of a Mistral, in transformers
-        del fields["layer_types"]
-    files = {"config.json": fields, "tokenizer.json": tokenizer}
-    files[TOKENIZER] = tokens
+    files = {"config.json": fields, "tokenizer.json": tokenizer, TOKENIZER: tokens}
     _, pooling = POOLING[model.pooling]
     if len(behind) > 1 or pooling is None:
         return files
-    modules = {"Transformer": "", "WordWeights": "1_WordWeights", "Pooling": "1_Pooling"}
+    modules = ["Transformer", "WordWeights", "Pooling"]
     if weightless:  # a character for each id
         vocab = "".join("0" if i in weightless else "1" for i in range(config.vocab_size))
         weights = {"vocab": vocab, "word_weights": {"0": 0.0}, "unknown_word_weight": 1.0}
         files["1_WordWeights/config.json"] = weights
     else:
-        del modules["WordWeights"]
+        modules.remove("WordWeights")
+    place = "sentence_transformers.models."
     return files | {
         "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for i, (name, path) in enumerate(modules.items())
+            {"idx": i, "name": str(i), "path": f"1_{name}" if i else "", "type": place + name}
+            for i, name in enumerate(modules)
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": config.hidden_size,
