@@ -3,9 +3,14 @@
 Reading a checkpoint's weights is in llm2vec.py, for modules have the names of its tensors.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from llm2vec import Config, read_json, reading
 
@@ -97,16 +102,28 @@ def local(path_or_name: str | Path, patterns: list[str]) -> tuple[Path, set[str]
     if not known(name):
         what = "no such folder; expected one with config.json in it, or a name on the hub"
         raise FileNotFoundError(f"{name}: {what}")
-    from huggingface_hub import HfApi, snapshot_download
-
-    from data.fetch import on_the_hub
-
     with on_the_hub(f"{name}: no such folder, and it"):
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         there = set(os.listdir(folder)) if folder.is_dir() else set()
         if not there.intersection((*WEIGHTS, *ADAPTER[1:])):
             there |= set(HfApi().list_repo_files(name))  # to say what there is instead
         return folder, there
+
+
+@contextlib.contextmanager
+def on_the_hub(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong with the hub into one ValueError that says what to do."""
+    try:
+        yield
+    except Exception as error:  # many are those of huggingface_hub's HTTP library
+        advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        if isinstance(error, GatedRepoError):
+            advice = "accept its terms on its page there, then `hf auth login`"
+        elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+            advice = "check the name; for a private repository, `hf auth login`"
+        reason = " ".join(str(error.__cause__ or error).split())
+        what = f"{what} can't be downloaded from the Hugging Face hub ({reason})"
+        raise ValueError(f"{what}; {advice}") from None
 
 
 # --- What config.json says ---------------------------------------------------------------------

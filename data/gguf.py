@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from llm2vec import reading
+
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # in struct's letters
 STRING, ARRAY = 8, 9  # types of fields
 F32, Q4_1, Q8_0 = 0, 3, 8  # types of tensors
@@ -47,8 +49,8 @@ def gguf_to_checkpoint(file: Path, folder: Path) -> None:
     `folder` must exist. `file` must hold a Llama without rope scaling, with SmolLM2's tokenizer.
     Raises ValueError, which names `file`, if it does not, or can't be read.
     """
-    data = Path(file).read_bytes()
-    try:
+    with reading(file):
+        data = file.read_bytes()
         fields, tensors = read_gguf(data)
         config = llama_config(fields, tied="output.weight" not in tensors)
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -56,6 +58,8 @@ def gguf_to_checkpoint(file: Path, folder: Path) -> None:
         for name, place in tensors.items():
             weight = torch.from_numpy(dequantise(data, *place).copy())
             *layer, module = name.removesuffix(".weight").split(".")  # blk.0.attn_q, output_norm
+            if module not in NAMES:
+                raise ValueError(f"tensor {name} has no place in this model")
             if module in heads:
                 # RoPE rotates pairs of rows. Hugging Face pairs row i of a head with row i + D/2;
                 # llama.cpp pairs neighbours: it stores the rows of the two halves in turn.
@@ -64,9 +68,6 @@ def gguf_to_checkpoint(file: Path, folder: Path) -> None:
             prefix = f"model.layers.{layer[1]}." if layer else ""
             state[f"{prefix}{NAMES[module]}.weight"] = weight.bfloat16().contiguous()
         tokenizer = byte_level_bpe(fields)
-    except Exception as error:
-        what = "not a complete GGUF file of a model like SmolLM2; fetch it again"
-        raise ValueError(f"{file}: {what} ({type(error).__name__}: {error})") from error
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from data.export import described
 from llm2vec import POOLING, Config, Decoder, LLM2Vec, lead_of, rotary_table, tokenize
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 
+pytest_plugins = ["local_hub"]
 GOLDEN = Path(__file__).parent / "golden"
 INTEROP = GOLDEN / "interop"
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
@@ -312,44 +311,6 @@ def test_quantised_weights_are_named_by_their_method(folder):
 
 # --- The hub -----------------------------------------------------------------------------------
 
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-
-
-class Handler(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the hub for a snapshot."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        _, *parts = self.path.partition("?")[0].split("/")
-        if parts[:1] == ["api"]:
-            files = self.server.repositories.get("/".join(parts[2:4]))
-            rows = [{"type": "file", "path": n, "size": len(b)} for n, b in (files or {}).items()]
-            rows = [row | {"oid": "0" * 40} for row in rows]
-            siblings = [{"rfilename": row["path"]} for row in rows]
-            info = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}
-            body = None if files is None else json.dumps(rows if "tree" in parts else info).encode()
-        else:
-            body = self.server.repositories.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
-        if body is None:
-            self.send_response(403 if self.server.gated else 404)
-            self.send_header("X-Error-Code", "GatedRepo" if self.server.gated else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("ETag", f'"{hash(body)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
 
 def files_in(folder: Path) -> dict[str, bytes]:
     files = (file for file in folder.rglob("*") if file.is_file())
@@ -357,27 +318,17 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub with a model, two adapters, and files that are not needed, and an empty cache."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    server.asked, server.gated = [], False
+def models(hub):
+    """The hub has a model, an adapter, and files that are not needed."""
     more = {"README.md": b"#", "consolidated.safetensors": b"0", "pytorch_model.bin": b"0"}
-    server.repositories = {
+    hub.repositories |= {
         "some/model": files_in(INTEROP / "base") | more,
         "some/adapter": files_in(INTEROP / "inner-list") | {"training_args.bin": b"0"},
         "some/weights-in-bin": {"config.json": b"{}", "pytorch_model.bin": b"0"},
     }
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    template = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
-def test_a_name_on_the_hub_is_as_good_as_a_folder(hub, monkeypatch):
+def test_a_name_on_the_hub_is_as_good_as_a_folder(hub, models, monkeypatch):
     model = LLM2Vec.from_pretrained("some/model", ["some/adapter"])
     expected = LLM2Vec.from_pretrained(INTEROP / "base", [INTEROP / "inner-list"])
     assert np.array_equal(model.encode(TEXTS), expected.encode(TEXTS))
@@ -393,7 +344,7 @@ def test_a_name_on_the_hub_is_as_good_as_a_folder(hub, monkeypatch):
     assert np.array_equal(again.encode(TEXTS), expected.encode(TEXTS))
 
 
-def test_a_name_that_the_hub_does_not_give_is_one_line(hub, monkeypatch, tmp_path):
+def test_a_name_that_the_hub_does_not_give_is_one_line(hub, models, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="some/other: no such folder, and .* check the name"):
         LLM2Vec.from_pretrained("some/other")
     said = r"some/weights-in-bin: has .bin weights.*save_pretrained\('weights-in-bin'\)"

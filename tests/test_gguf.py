@@ -159,7 +159,7 @@ def refused(file: Path, data: bytes) -> str:
         gguf_to_checkpoint(file, file.parent)
     assert list(file.parent.iterdir()) == [file]
     said = str(error.value)
-    assert said.startswith(f"{file}: not a complete GGUF file") and "\n" not in said
+    assert said.startswith(f"{file}: ") and "\n" not in said
     return said
 
 
@@ -188,7 +188,7 @@ def test_what_is_missing_or_unknown_is_named(tmp_path):
     file, fields = tmp_path / "x.gguf", dict(FIELDS)
     del fields["llama.block_count"]
     assert "llama.block_count" in refused(file, gguf_file(fields, small_llama()))
-    for name, unknown in (("rope_freqs.weight", "rope_freqs"), ("blk.0.attn_v.bias", "bias")):
+    for name in ("rope_freqs.weight", "blk.0.attn_v.bias"):
         tensors = small_llama() | {name: np.ones(8, np.float32)}
-        assert f"KeyError: '{unknown}'" in refused(file, gguf_file(FIELDS, tensors))
+        assert f"tensor {name} has no place" in refused(file, gguf_file(FIELDS, tensors))
     assert "a tensor of type 12" in refused(file, gguf_file(FIELDS, small_llama(), kind=12))

@@ -1,0 +1,63 @@
+"""A Hugging Face hub on loopback, for tests that download: pytest_plugins = ["local_hub"]."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from huggingface_hub import constants
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub for a snapshot."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        _, *parts = self.path.partition("?")[0].split("/")
+        commit = next((part for part in parts if len(part) == 40), COMMIT)
+        is_api = parts[0] == "api"  # /api/models/owner/name/revision/main
+        owner, name, *rest = [p for p in parts if p not in ("api", "models", "datasets")]
+        files = self.server.repositories.get(f"{owner}/{name}")
+        body = (files or {}).get("/".join(rest[2:]))  # /owner/name/resolve/main/config.json
+        if is_api and files is not None:
+            rows = [{"type": "file", "path": n, "size": len(b)} for n, b in files.items()]
+            rows = [row | {"oid": "0" * 40} for row in rows]
+            siblings = [{"rfilename": row["path"]} for row in rows]
+            info = {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}
+            body = json.dumps(rows if "tree" in rest else info).encode()
+        if body is None:
+            self.send_response(403 if self.server.gated else 404)
+            self.send_header("X-Error-Code", "GatedRepo" if self.server.gated else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{hash(body)}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub of `repositories`, and an empty cache; `asked` is what it was asked for."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server.repositories, server.asked, server.gated = {}, [], False
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    template = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+    server.server_close()
