@@ -25,16 +25,15 @@ def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
     file and line; with errors="skip" it is left out, and standard error says how many were. Raises
     FileNotFoundError, and ValueError for a corpus without a single document.
     """
-    path, documents = Path(path), []
-    files = [path]
+    path, files, documents = Path(path), [Path(path)], []
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if kind_of(f) in (".txt", ".jsonl"))
     for file in files:
         bad = []
         for number, line in enumerate(lines_of(file), start=1):
             try:
-                with reading(f"{file}: line {number}"):
-                    documents.append(document_of(line, kind_of(file) == ".jsonl"))
+                if line.strip():
+                    documents.append(read_record(line, file, number)["text"].strip())
             except ValueError:
                 if errors != "skip":
                     raise
@@ -67,15 +66,15 @@ def lines_of(file: str | Path) -> Iterator[bytes]:
         yield from lines
 
 
-def document_of(line: bytes, is_json: bool) -> str:
-    text = line.decode("utf-8").removeprefix("\ufeff").strip()
-    if is_json and text:
-        record = json.loads(text)
+def read_record(line: bytes, file: str | Path, number: int) -> dict:
+    """A line of a file as {"text": ...}, and of a .jsonl file whatever else it holds."""
+    with reading(f"{file}, line {number}"):
+        text = line.decode("utf-8-sig").rstrip("\r\n")
+        record = json.loads(text) if kind_of(file) == ".jsonl" else {"text": text}
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError("expected a JSON object with a string `text`")
-        text = record["text"].strip()
-        text.encode()  # half a surrogate pair is no text
-    return text
+        record["text"].encode()  # half a surrogate pair is no text
+        return record
 
 
 def split_documents(documents: Sequence[str], one_in: int = 50) -> tuple[list[str], list[str]]:
@@ -116,18 +115,15 @@ def sentences(text: str) -> list[str]:
         start = 0
         for end in _END.finditer(line):
             head, rest = line[start : end.end()].strip(), line[end.end() :].lstrip(_OPENING)
-            begins = end[0][0] in _ALONE or rest[:1].isalnum() and not is_small(rest[0])
+            # A small letter begins no sentence, but for Georgian's.
+            small = rest[:1].islower() and not "ა" <= rest[0] <= "ჿ"
+            begins = end[0][0] in _ALONE or rest[:1].isalnum() and not small
             if head and begins and not _NO_END.search(head):
                 found.append(head)
                 start = end.end()
         if line[start:].strip():
             found.append(line[start:].strip())
     return found
-
-
-def is_small(letter: str) -> bool:
-    """Whether a sentence can't begin with this letter; Georgian's small ones begin them."""
-    return letter.islower() and not "ა" <= letter <= "ჿ"
 
 
 def cut_into_blocks(rows: Iterable[Sequence[int]], length: int, limit: int | None = None) -> Tensor:

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.corpus import kind_of, lines_of
-from llm2vec import LLM2Vec, reading
+from data.corpus import lines_of, read_record
+from llm2vec import LLM2Vec
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -39,12 +39,11 @@ def encode_file(
         target: NumPy's format, float32 (N, d); or JSON lines (.jsonl, or `-` for standard output),
             which repeat the fields of the input and add `vector`.
     """
-    if WORLD_SIZE > 1 and "-" in (source, target):
-        raise ValueError("- is for one process: name files that several can read and write")
     if WORLD_SIZE > 1:
+        if "-" in (source, target):
+            raise ValueError("- is for one process: name files that several can read and write")
         path = Path(target)
-        name = f"{path.stem}-{RANK:05d}-of-{WORLD_SIZE:05d}{path.suffix}"
-        target = str(path.with_name(name))
+        target = str(path.with_stem(f"{path.stem}-{RANK:05d}-of-{WORLD_SIZE:05d}"))
     as_json = target == "-" or target.endswith(".jsonl")
     part, done, cut, start = Path(f"{target}.part"), 0, 0, time.monotonic()
 
@@ -91,7 +90,7 @@ def encode_file(
     return done
 
 
-def count_cut(model: LLM2Vec, texts: list[str], instruction: str | None = None) -> int:
+def count_cut(model: LLM2Vec, texts: list[str], instruction: str | None) -> int:
     """How many texts have more tokens than the model reads of one."""
     rows = model.rows(texts, instruction, max_length=2**31)
     return sum(len(ids) > model.max_length for ids, _ in rows)
@@ -112,13 +111,3 @@ def read_records(source: str) -> Iterator[dict]:
         first, last = n * RANK // WORLD_SIZE, n * (RANK + 1) // WORLD_SIZE
     for number, line in itertools.islice(enumerate(lines_of(source), start=1), first, last):
         yield read_record(line, source, number)
-
-
-def read_record(line: bytes, source: str, number: int) -> dict:
-    with reading(f"{source}, line {number}"):
-        text = line.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
-        record = json.loads(text) if kind_of(source) == ".jsonl" else {"text": text}
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError("expected a JSON object with a string `text`")
-        record["text"].encode()  # half a surrogate pair is no text
-        return record

@@ -57,7 +57,7 @@ def as_pair(line: bytes, where: str, instruction: str | None) -> dict:
         }
         if raw.get("answer_instruction"):
             pair["answer_instruction"] = raw["answer_instruction"]
-        texts = [text for value in pair.values() for text in ([value], value)[type(value) is list]]
+        texts = [*pair["negatives"], *(v for k, v in pair.items() if k != "negatives")]
         if not all(isinstance(text, str) for text in texts):
             what = "query, positive, perhaps negative, instruction and answer_instruction"
             raise ValueError(f"expected an object with strings: {what}")

@@ -23,11 +23,11 @@ def test_documents_of_both_kinds(tmp_path):
     [
         ("a.txt", b"", "a.txt: an empty corpus"),
         ("a.txt", b"\n \n", "a.txt: an empty corpus"),
-        ("a.txt", b"fine\n\xff\n", "a.txt: line 2: .*utf-8"),
-        ("a.jsonl", b'{"text": "fine"}\nnot json\n', "a.jsonl: line 2"),
-        ("a.jsonl", b'{"title": "no text"}\n', "a.jsonl: line 1"),
-        ("a.jsonl", b'{"text": 3}\n', "a.jsonl: line 1"),
-        ("a.jsonl", b"[1]\n", "a.jsonl: line 1"),
+        ("a.txt", b"fine\n\xff\n", "a.txt, line 2: .*utf-8"),
+        ("a.jsonl", b'{"text": "fine"}\nnot json\n', "a.jsonl, line 2"),
+        ("a.jsonl", b'{"title": "no text"}\n', "a.jsonl, line 1"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1"),
+        ("a.jsonl", b"[1]\n", "a.jsonl, line 1"),
         ("a.jsonl", None, "a.jsonl: no such file"),
     ],
 )
