@@ -9,11 +9,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
 import llm2vec
 from data.checkpoints import find_checkpoint
-from data.export import described
 from llm2vec import POOLING, Config, Decoder, LLM2Vec, lead_of, rotary_table, tokenize
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 
@@ -27,8 +26,7 @@ TEXTS = ["find the thing", "the quick query and his thing, and the things again"
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A small Mistral with BOS."""
-    made = shutil.copytree(INTEROP / "base", tmp_path / "model")
-    return made
+    return shutil.copytree(INTEROP / "base", tmp_path / "model")
 
 
 def change(file: Path, **fields) -> None:
@@ -108,16 +106,12 @@ def test_a_folder_of_sentence_transformers_that_averages_bos_does_so_here(folder
         (["Transformer", "Pooling", "Dense"], {"pooling_mode": "mean"}, "a module Dense"),
         (["Transformer", "Pooling"], {"pooling_mode": "max"}, "pooling 'max': expected mean"),
         (["Transformer", "Pooling"], {"pooling_mode_max_tokens": True}, "pooling 'max'"),
-        (["Transformer"], {}, None),
     ],
 )
 def test_what_would_give_other_vectors_is_refused(folder, modules, pooling, said):
     elsewhere(folder, modules, **pooling)
-    if said is None:
-        assert described(folder)["pooling"] == "mean"
-    else:
-        with pytest.raises(ValueError, match=said):
-            LLM2Vec.from_pretrained(folder)
+    with pytest.raises(ValueError, match=said):
+        LLM2Vec.from_pretrained(folder)
 
 
 # --- Between an instruction and a text ---------------------------------------------------------
@@ -144,41 +138,22 @@ def test_the_separator_is_a_setting_and_a_space_for_the_authors_checkpoints(fold
 
 def test_heads_and_prefixes_of_a_checkpoint_come_off(folder, capsys):
     expected = LLM2Vec.from_pretrained(folder).encode(TEXTS)
-    file = folder / "model.safetensors"
-    heads = {
-        n: torch.ones(2, 32) for n in ("score.weight", "v_head.summary.weight", "classifier.bias")
-    }
-    rename(file, lambda name: f"module._orig_mod.{name}", **heads)
+    names = ("score.weight", "v_head.summary.weight", "classifier.bias")
+    heads = {name: torch.ones(2, 32) for name in names}
+    rename(folder / "model.safetensors", lambda name: f"module._orig_mod.{name}", **heads)
     assert np.array_equal(LLM2Vec.from_pretrained(folder).encode(TEXTS), expected)
     [line] = capsys.readouterr().err.splitlines()
     assert "and 2 more left out" in line and str(folder) in line
-
-
-def test_a_missing_head_leaves_an_encoder(tmp_path, capsys):
-    folder = shutil.copytree(GOLDEN / "llama-grouped", tmp_path / "model")
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["lm_head.weight"]
-    save_file(tensors, file)
-    decoder = Decoder.from_pretrained(folder)
-    assert not decoder.can_predict and "has no lm_head.weight" in capsys.readouterr().err
 
 
 def test_heads_and_infixes_of_an_adapter_come_off(folder, tmp_path, capsys):
     adapter = shutil.copytree(INTEROP / "inner-list", tmp_path / "adapter")
     decoder, expected = Decoder.from_pretrained(folder), Decoder.from_pretrained(folder)
     load_adapter(expected, adapter)
-    head = torch.ones(384, 32)
-    rename(
-        adapter / "adapter_model.safetensors",
-        lambda name: name.replace("lora_A.", "lora_A.default.").replace(
-            "lora_B.", "lora_B.default."
-        ),
-        **{
-            "base_model.model.lm_head.weight": head,
-            "base_model.model.score.weight": head[:2].clone(),
-        },
-    )
+    names = ("base_model.model.lm_head.weight", "base_model.model.score.weight")
+    heads = {name: torch.ones(2, 32) for name in names}
+    file = adapter / "adapter_model.safetensors"
+    rename(file, lambda name: name.replace(".weight", ".default.weight"), **heads)
     change(adapter / "adapter_config.json", modules_to_save=["lm_head", "score"])
     load_adapter(decoder, adapter)
     assert "and 1 more left out" in capsys.readouterr().err
@@ -199,34 +174,16 @@ def test_an_adapter_with_embeddings_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_a_token_behind_the_embedding_is_refused_only_where_a_text_can_have_it(folder, special):
-    file, size = (
-        folder / "tokenizer.json",
-        json.loads((folder / "config.json").read_text())["vocab_size"],
-    )
-    tokenizer, expected = (
-        Tokenizer.from_file(str(file)),
-        LLM2Vec.from_pretrained(folder).encode(["a <pad>"]),
-    )
-    extra = [f"<extra{i}>" for i in range(size - tokenizer.get_vocab_size())]
-    tokenizer.add_special_tokens(extra)
+def test_a_token_behind_the_embedding_never_comes_of_a_text(folder, special):
+    model = LLM2Vec.from_pretrained(folder)
+    tokenizer, V = model.tokenizer, model.decoder.config.vocab_size
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(V - tokenizer.get_vocab_size())])
     add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
     add([AddedToken("<pad>")])
-    assert tokenizer.token_to_id("<pad>") == size
-    tokenizer.save(str(file))
+    assert tokenizer.token_to_id("<pad>") == V
+    tokenizer.save(str(folder / "tokenizer.json"))
+    expected = LLM2Vec.from_pretrained(INTEROP / "base").encode(["a <pad>"])
     assert np.array_equal(LLM2Vec.from_pretrained(folder).encode(["a <pad>"]), expected)
-    change(folder / "config.json", vocab_size=300)
-    rename(
-        folder / "model.safetensors",
-        str,
-        **{
-            "model.embed_tokens.weight": load_file(folder / "model.safetensors")[
-                "model.embed_tokens.weight"
-            ][:300]
-        },
-    )
-    with pytest.raises(ValueError, match="token ids up to .*, the model embeds 300"):
-        LLM2Vec.from_pretrained(folder)
 
 
 # --- config.json -------------------------------------------------------------------------------
@@ -244,9 +201,7 @@ def test_llama3_scaling_without_its_original_length_takes_the_longest(tmp_path):
 def test_dynamic_scaling_is_idle_in_short_texts_and_refused_in_long_ones():
     config = Config.from_pretrained(GOLDEN / "llama-biased-dynamic")
     assert len(rotary_table(config, 64, torch.device("cpu"), torch.float32)[0]) == 64
-    with pytest.raises(
-        ValueError, match="rope_type dynamic: a text of 65 tokens, expected at most 64"
-    ):
+    with pytest.raises(ValueError, match="dynamic: a text of 65 tokens, expected at most 64"):
         rotary_table(config, 65, torch.device("cpu"), torch.float32)
 
 
@@ -295,17 +250,14 @@ def test_other_missing_files_say_what_to_do(folder, tmp_path):
 
 
 def test_quantised_weights_are_named_by_their_method(folder):
-    method = {"quantization_config": {"quant_method": "awq"}}
-    change(folder / "config.json", **method)
+    change(folder / "config.json", quantization_config={"quant_method": "awq"})
     LLM2Vec.from_pretrained(folder)  # a key that plain weights were left with
     name = "model.layers.0.mlp.down_proj."
     tensors = load_file(folder / "model.safetensors")
     tensors[name + "qweight"] = torch.ones(4, 4, dtype=torch.int32)
     del tensors[name + "weight"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"no place in this model; the weights are quantised \(awq\)"
-    ):
+    with pytest.raises(ValueError, match=r"no place .*the weights are quantised \(awq\)"):
         LLM2Vec.from_pretrained(folder)
 
 
@@ -333,10 +285,8 @@ def test_a_name_on_the_hub_is_as_good_as_a_folder(hub, models, monkeypatch):
     expected = LLM2Vec.from_pretrained(INTEROP / "base", [INTEROP / "inner-list"])
     assert np.array_equal(model.encode(TEXTS), expected.encode(TEXTS))
     asked = {Path(path).name for path in hub.asked if "/resolve/" in path}
-    assert asked == {"config.json", "tokenizer.json", "model.safetensors"} | {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }, "only what is needed"
+    needed = {"config.json", "tokenizer.json", "model.safetensors"}
+    assert asked == needed | {"adapter_config.json", "adapter_model.safetensors"}
     assert Decoder.from_pretrained("some/model").name_or_path == "some/model"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.repositories.clear()
@@ -384,14 +334,9 @@ def test_an_adapter_names_its_base_unless_another_was_merged(folder, tmp_path):
 
 def test_a_word_is_the_mean_of_its_tokens_states():
     model = LLM2Vec.from_pretrained(TINY)
-    words = ["Naturalists", "describe", "birds", "."]
-    found, sentence = model.encode_words(words), " ".join(words)
-    encoding = model.tokenizer.encode(sentence)
-    states = model.decoder(torch.tensor([encoding.ids]))[0].detach().numpy()
-    start = 0
-    for word, vector in zip(words, found, strict=True):
-        end = start + len(word)
-        own = [i for i, (a, b) in enumerate(encoding.offsets) if b > start and a < end]
-        np.testing.assert_allclose(vector, states[own].mean(0), atol=1e-5)
-        start = end + 1
-    assert len(own) == 1 and found.shape == (4, model.decoder.config.hidden_size)
+    found = model.encode_words(["Naturalists", "describe"])
+    ids = model.tokenizer.encode("Naturalists describe").ids
+    n = len(model.tokenizer.encode("Naturalists").ids)
+    states = model.decoder(torch.tensor([ids]))[0].detach().numpy()
+    np.testing.assert_allclose(found, [states[:n].mean(0), states[n:].mean(0)], atol=1e-5)
+    assert n > 1

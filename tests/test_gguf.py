@@ -123,11 +123,6 @@ def test_a_checkpoint_is_made_whose_rows_of_q_and_k_are_put_back(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
     gguf_to_checkpoint(tmp_path / "x.gguf", folder)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
     state = load_file(folder / "model.safetensors")
     for name, rows in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8)):
         weight = state[f"model.layers.0.self_attn.{name}.weight"]
@@ -144,12 +139,10 @@ def test_a_checkpoint_is_made_whose_rows_of_q_and_k_are_put_back(tmp_path):
 
 
 def test_an_output_head_of_its_own_is_kept(tmp_path):
-    head = np.full((4, 16), 7.0, np.float32)
+    head = np.full((4, 16), 7, np.float32)
     (tmp_path / "x.gguf").write_bytes(gguf_file(FIELDS, small_llama() | {"output.weight": head}))
     gguf_to_checkpoint(tmp_path / "x.gguf", tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
-    state = load_file(tmp_path / "model.safetensors")
-    assert state["lm_head.weight"].tolist() == head.tolist()
+    assert Decoder.from_pretrained(tmp_path).lm_head.weight.eq(7).all()
 
 
 def refused(file: Path, data: bytes) -> str:
