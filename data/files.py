@@ -44,28 +44,16 @@ def encode_file(
             raise ValueError("- is for one process: name files that several can read and write")
         path = Path(target)
         target = str(path.with_stem(f"{path.stem}-{RANK:05d}-of-{WORLD_SIZE:05d}"))
-    as_json = target == "-" or target.endswith(".jsonl")
-    part, done, cut, start = Path(f"{target}.part"), 0, 0, time.monotonic()
-
-    def write_header(out: BinaryIO) -> None:  # numpy leaves room in it for a larger N
-        shape = (done, model.decoder.config.hidden_size)
-        fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(out, fields)
-
-    with contextlib.ExitStack() as stack:
-        out = sys.stdout.buffer
-        if target != "-":
-            stack.callback(part.unlink, missing_ok=True)
-            out = stack.enter_context(part.open("wb"))
+    as_json, start = target == "-" or target.endswith(".jsonl"), time.monotonic()
+    with complete_file(target) as out:
         if not as_json:
-            write_header(out)
-        records = read_records(source)
+            write_header(out, model, 0)
+        records, done, cut = read_records(source), 0, 0
         while chunk := list(itertools.islice(records, 4096)):
             texts = [record["text"] for record in chunk]
             vectors = model.encode(texts, instruction)
             if normalize:
                 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-            cut += count_cut(model, texts, instruction)
             if as_json:
                 for record, vector in zip(chunk, vectors, strict=True):
                     record["vector"] = [round(float(x), 6) for x in vector]
@@ -73,6 +61,7 @@ def encode_file(
                     out.write(line.encode("utf-8", "backslashreplace") + b"\n")
             else:
                 out.write(vectors.tobytes())
+            cut += count_cut(model, texts, instruction)
             done += len(chunk)
             pace = done / (time.monotonic() - start)
             if RANK == 0:
@@ -80,14 +69,34 @@ def encode_file(
         if RANK == 0:
             print(file=sys.stderr)
         tell_cut(model, cut, done)
-        if target != "-":
-            if not as_json:
-                out.seek(0)
-                write_header(out)
+        if not as_json:
+            out.seek(0)
+            write_header(out, model, done)
+    return done
+
+
+@contextlib.contextmanager
+def complete_file(target: str) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name once it is complete; `-` is standard output."""
+    if target == "-":
+        yield sys.stdout.buffer
+        return
+    part = Path(f"{target}.part")
+    try:
+        with part.open("wb") as out:
+            yield out
             out.flush()
             os.fsync(out.fileno())
-            os.replace(part, target)
-    return done
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_header(out: BinaryIO, model: LLM2Vec, number: int) -> None:
+    """The header of a .npy file of vectors, in which numpy leaves room for a larger number."""
+    shape = (number, model.decoder.config.hidden_size)
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, header)
 
 
 def count_cut(model: LLM2Vec, texts: list[str], instruction: str | None) -> int:
