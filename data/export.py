@@ -21,7 +21,7 @@ SHARD = 5 * 10**9  # bytes of weights in one file, at most, as on the Hugging Fa
 NOTHING = "\u2063"  # a character that an exported tokenizer drops
 SENTENCE_BERT, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
 PROMPTS = "config_sentence_transformers.json"
-# What a mode of pooling is called by, less its short name, which is in use since version 6.
+# What stands around the short name of a pooling mode before sentence-transformers 6.
 MODE = re.compile("^pooling_mode_|_tokens?$")
 
 
