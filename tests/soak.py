@@ -5,7 +5,7 @@
 Encodes random slices of the bundled corpus in random order under changing token budgets, and
 holds each vector against the one that its text had alone. Once a minute it prints what it has done
 and the process's memory. It fails if a vector differs by more than 1e-5 (float32), or if memory at
-the end is more than 5% and 50 MiB above what it was in the first tenth of the time.
+the end is more than 5% and 50 MiB above its most in the first tenth of the time.
 """
 
 import argparse
@@ -32,10 +32,9 @@ def resident() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--model", default=TINY, help="(default: the bundled tiny Llama)")
     args = parser.parse_args()
     draw = random.Random(0)
-    encoder = LLM2Vec.from_pretrained(args.model)
+    encoder = LLM2Vec.from_pretrained(TINY)
     texts = draw.sample(read_documents(WIKIPEDIA), 500)
     alone = np.concatenate([encoder.encode([text]) for text in texts])
     start = said = time.monotonic()

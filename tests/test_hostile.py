@@ -66,13 +66,7 @@ def test_a_number_that_is_too_large_for_the_type_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"hidden_size": 2**23, "intermediate_size": 2**23},
-        {"num_attention_heads": 2**22, "head_dim": 2**41},
-        {"vocab_size": 2**23, "hidden_size": 2**40},
-        {"num_hidden_layers": 300},
-    ],
+    "changes", [{"vocab_size": 2**23, "hidden_size": 2**40}, {"num_hidden_layers": 300}]
 )
 def test_shapes_that_nothing_holds_are_refused(folder, changes):
     spoil(folder / "config.json", lambda raw: raw.update(changes))
@@ -177,12 +171,6 @@ def test_dirt_goes_from_a_corpus_to_finite_vectors(kind, tmp_path):
     assert np.isfinite(vectors).all()
     alone = encoder.encode([text[:10_000]])[0]  # 64 tokens are read of either
     np.testing.assert_allclose(vectors[-1], alone, atol=1e-5)
-
-
-def test_special_tokens_in_a_text_are_text():
-    encoder = LLM2Vec.from_pretrained(TINY, template="endoftext")
-    ids = encoder.tokenizer.encode("a <|endoftext|> b").ids
-    assert ids[0] == 0 and 0 not in ids[1:]
 
 
 BAD = [b"\xff\xfe", b"{", b"[]", b'{"title": "x"}', b'{"text": 5}', b'{"text": "\\ud800"}']
