@@ -937,8 +937,7 @@ def main() -> None:
     add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
     add("--normalize", action="store_true", help="vectors of length 1")
     similar = commands.add_parser("similar", help="print the cosines between a few sentences")
-    text = "a sentence in quotation marks; sentences stand in front of --adapters, not behind"
-    similar.add_argument("texts", nargs="+", metavar="TEXT", help=text)
+    similar.add_argument("texts", nargs="*", help="sentences, each in quotation marks")
     for command in (encode, similar):
         add_model_flags(command, required=True)
         add = command.add_argument
@@ -947,13 +946,21 @@ def main() -> None:
         add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
         add("--max-length", type=int, metavar="N", help="tokens that are read of a text, at most")
     args = parser.parse_args()
+    if args.command == "similar" and not args.texts:  # --adapters has taken them
+        from data.checkpoints import known
+
+        n = next((i for i, name in enumerate(args.adapters) if i and not known(name)), None)
+        if n is None:
+            similar.error("no sentences: give two or more, each in quotation marks")
+        args.adapters, args.texts = args.adapters[:n], args.adapters[n:]
     how = {"pooling": args.pooling, "max_length": args.max_length, "separator": args.separator}
     model = load(args, **how)
-    if args.command == "encode":
-        from data.files import encode_file  # in parts, so that memory does not grow with the file
+    from data.files import count_cut, encode_file, tell_cut
 
+    if args.command == "encode":
         encode_file(model, args.input, args.output, args.instruction, args.normalize)
         return
+    tell_cut(model, count_cut(model, args.texts, args.instruction), len(args.texts))
     vectors = torch.from_numpy(model.encode(args.texts, args.instruction, normalize=True))
     for row, text in zip((vectors @ vectors.T).tolist(), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)

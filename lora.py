@@ -94,8 +94,8 @@ def add_lora(
 
     Args:
         alpha: over rank, it is the scale; by default twice the rank.
-        targets: the ends of the projections' names; by default all seven projections of every
-            layer, as the paper adapts them.
+        targets: the ends of the projections' names; by default every linear layer of
+            `model.layers`, as the paper adapts them.
 
     Returns the parameters of the adapters, all that there is to train. Raises ValueError for a
     target that the model lacks, a rank below 1, or a model that has adapters already.

@@ -30,7 +30,6 @@ from typing import NamedTuple
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
@@ -51,23 +50,16 @@ TINY = Path(__file__).parent / "data" / "tiny-llama"
 def setting(
     about: str,
     default: object,
-    of: Callable[["Stage"], bool] = lambda stage: True,
+    encoder: bool | None = None,
+    pairs: bool | None = None,
     choices: Iterable[str] | None = None,
 ) -> object:
-    """A field; of its flag, the help, the stages that have it, and the values to choose from."""
-    return field(default=default, metadata={"help": about, "of": of, "choices": choices})
+    """A field; of its flag, the help, and the values to choose from.
 
-
-def is_masked(stage: "Stage") -> bool:
-    return not stage.encoder
-
-
-def is_contrastive(stage: "Stage") -> bool:
-    return stage.encoder
-
-
-def has_sentences(stage: "Stage") -> bool:
-    return stage.encoder and not stage.pairs
+    encoder, pairs: what `Stage` says of the stages that have the flag; None: either.
+    """
+    only = {"encoder": encoder, "pairs": pairs}
+    return field(default=default, metadata={"help": about, "only": only, "choices": choices})
 
 
 @dataclass
@@ -88,16 +80,16 @@ class Settings:
     dropout: float = setting("dropout on the input of the adapters", 0.05)
     attention_dropout: float = setting("dropout on the attention weights", 0.0)
     mask_rate: float | None = setting(
-        "share hidden; default: 0.8 for mistral, else 0.2", None, is_masked
+        "share hidden; default: 0.8 for mistral, else 0.2", None, encoder=False
     )
-    mask_token: str = setting("the plain token that hides others", "_", is_masked)
-    scale: float = setting("inverse temperature of the loss", 20.0, is_contrastive)
-    pooling: str = setting("how states become a vector", "mean", is_contrastive, llm2vec.POOLING)
+    mask_token: str = setting("the plain token that hides others", "_", encoder=False)
+    scale: float = setting("inverse temperature of the loss", 20.0, encoder=True)
+    pooling: str = setting("how states become a vector", "mean", True, None, llm2vec.POOLING)
     split: str = setting(
-        "what is a text to learn from", "sentence", has_sentences, ("sentence", "line")
+        "what is a text to learn from", "sentence", True, False, ("sentence", "line")
     )
     dev: str | None = setting(
-        "STS file to score every --save-every steps: the best step is kept", None, is_contrastive
+        "STS file to score every --save-every steps: the best step is kept", None, encoder=True
     )
     max_tokens: int = setting("tokens in one forward pass; lower it to save memory", 8192)
     recompute: int = setting("layers computed twice to save memory; a GPU raises it itself", 0)
@@ -179,7 +171,8 @@ def fit(
             if (step + 1) % settings.save_every == 0:
                 run.save(step + 1, parameters, optimizer)
     run.take_best(parameters)
-    run.finish(lambda: trained.write(decoder, folder))
+    once(lambda: trained.write(decoder, folder))
+    once(lambda: run.finish(model))
     trained.settle(decoder)
 
 
@@ -205,12 +198,11 @@ def within_memory(
     A GPU that is out of memory says so, and each time an eighth of the layers is added. The step
     draws the same numbers again, so its bits are those of a run that had known.
     """
-    layers, before = len(decoder.layers), decoder.recompute
+    layers = len(decoder.layers)
     while True:
         torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
         try:
-            loss, tokens = backward(batch)
-            break
+            return backward(batch)
         except torch.OutOfMemoryError as error:
             if WORLD_SIZE > 1 or decoder.recompute >= layers:  # other processes would wait
                 what = f"step {step + 1}: out of memory; lower --max-tokens ({settings.max_tokens})"
@@ -218,13 +210,7 @@ def within_memory(
         decoder.zero_grad()
         torch.cuda.empty_cache()
         decoder.recompute = min(layers, decoder.recompute + math.ceil(layers / 8))
-    if decoder.recompute > before:
-        n = decoder.recompute
-        say(
-            f"memory is short: from here on {n} of {layers} layers are computed twice, which "
-            f"--recompute {n} says from the start"
-        )
-    return loss, tokens
+        say(f"memory is short: from here on as with --recompute {decoder.recompute}")
 
 
 def learning_rate(step: int, settings: Settings, epoch: int = 0) -> float:
@@ -457,8 +443,8 @@ class Stage(NamedTuple):
 
 # Each preset `paper` has the numbers of the paper's appendix. `tiny` is for the bundled model: so
 # small a model needs high rates, and more dropout, or it solves the task of SimCSE at once.
-# `laptop` is for SmolLM2-135M on two cores; it was chosen on STS-B dev. At a scale of 20 the loss of
-# SimCSE is nothing within ten steps; at 10 there is something to learn for longer.
+# `laptop` is for SmolLM2-135M on two cores, and was chosen on STS-B dev. At a scale of 20 the loss
+# of SimCSE is nothing within ten steps; at 10 there is something to learn for longer.
 STAGES = {
     "mntp": Stage(
         train_mntp,
@@ -588,7 +574,7 @@ def digest(items: Iterable) -> str:
 class Run:
     """What a stage leaves in its folder, and goes on from.
 
-    settings.json, log.jsonl, the newest two states while it runs, the adapter once it is done.
+    settings.json, log.jsonl, the newest state while it runs, the adapter once it is done.
     Raises ValueError if the folder holds something else, or a run of other settings, data or code.
     """
 
@@ -614,20 +600,19 @@ class Run:
                 raise ValueError(f"{self.folder}: {what}")
 
     def states(self) -> list[Path]:
-        return sorted(self.folder.glob("state-*.safetensors"), reverse=True)
+        return sorted(self.folder.glob("state-*.safetensors"))
 
     def restore(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-        """Go back to the newest complete state; returns the number of steps done."""
+        """Go back to the newest state; returns the number of steps done."""
         done = 0
-        for file in self.states():
-            with contextlib.suppress(SafetensorError):  # cut off by a full disk
+        for file in self.states()[-1:]:
+            with llm2vec.reading(file):
                 tensors = load_file(file)
-                done = int(file.stem.removeprefix("state-"))
-                break
-        for i, p in enumerate(parameters if done else ()):
-            own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
-            p.data.copy_(own.pop("weight"))
-            optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
+            done = int(file.stem.removeprefix("state-"))
+            for i, p in enumerate(parameters):
+                own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
+                p.data.copy_(own.pop("weight"))
+                optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
         lines = self.log_file.read_text().splitlines(True) if self.log_file.exists() else []
         lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
         once(lambda: lora.write_whole(self.log_file, "".join(lines).encode()))
@@ -637,7 +622,7 @@ class Run:
         return done
 
     def save(self, step: int, parameters: list[nn.Parameter], optimizer) -> None:
-        """Write parameters and Adam's moments after `step` steps; keep this state and the last."""
+        """Write parameters and Adam's moments after `step` steps, in the place of older ones."""
         if RANK > 0:
             return
         tensors = {}
@@ -645,7 +630,7 @@ class Run:
             tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
             tensors[f"{i}.weight"] = p.detach()
         lora.write_whole(self.folder / f"state-{step:08d}.safetensors", save_bytes(tensors))
-        for old in self.states()[2:]:
+        for old in self.states()[:-1]:
             old.unlink()
 
     def score(self, step: int, model: LLM2Vec, parameters: list[nn.Parameter]) -> float | None:
@@ -689,23 +674,26 @@ class Run:
             pace += "" if dev is None else f"  dev {dev:.4f}"
             print(f"step {step:4d} of {steps}  loss {loss:.3f}  {pace}", flush=True)
 
-    def finish(self, write: Callable[[], None]) -> None:
-        once(write)
-        once(lambda: (self.folder / "best.safetensors").unlink(missing_ok=True))
-        once((self.folder / "finished").touch)
-        once(lambda: [state.unlink() for state in self.states()])
+    def finish(self, model: LLM2Vec) -> None:
+        """Add the tokenizer, without which sentence-transformers opens no adapter, and tidy up."""
+        files = checkpoint_files(model)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            content = (json.dumps(files[name], indent=2) + "\n").encode()
+            lora.write_whole(self.folder / name, content)
+        (self.folder / "finished").touch()
+        for file in (*self.states(), self.folder / "best.safetensors"):
+            file.unlink(missing_ok=True)
 
 
 # --- Commands ----------------------------------------------------------------------------------
 
 
-def load_for_training(args: argparse.Namespace, **how) -> LLM2Vec:
+def load_for_training(args: argparse.Namespace, is_causal: bool = False, **how) -> LLM2Vec:
     """The model that the flags name; in bfloat16 where the hardware has it, a CPU's too."""
-    how = {"is_causal": False} | how
     if args.dtype is None:
         fast = llm2vec.has_bfloat16(torch.device(args.device or llm2vec.default_device()))
-        how = {"dtype": torch.bfloat16 if fast else torch.float32} | how
-    return llm2vec.load(args, **how)
+        how["dtype"] = torch.bfloat16 if fast else torch.float32
+    return llm2vec.load(args, is_causal=is_causal, **how)
 
 
 def settings_of(stage: str, args: argparse.Namespace) -> Settings:
@@ -730,14 +718,13 @@ def run_stage(args: argparse.Namespace) -> None:
         data = read_pairs(args.pairs, args.instructions)
     else:
         data, _ = split_documents(read_documents(args.corpus, args.errors))
-    # What does not fit on a GPU as it is passes through the memory of the machine.
-    how = {"pooling": settings.pooling} | ({"separator": args.separator} if stage.pairs else {})
-    model = load_for_training(args, **how, **({"device": "cpu"} if args.quantize else {}))
+    how = {"separator": args.separator} if stage.pairs else {}
+    how |= {"device": "cpu"} if args.quantize else {}  # what does not fit on a GPU as it is
+    model = load_for_training(args, **how)
     if args.quantize:
         lora.quantize_nf4(model.decoder, args.device or llm2vec.default_device())
     once(lambda: clear(output, args.overwrite))
     stage.run(model, data, settings, output)
-    once(lambda: save_tokenizer(model, output))
     say(f"The adapter is in {output}")
     if stage.encoder and RANK == 0:
         if args.quantize:  # merge into the weights as they were
@@ -760,12 +747,12 @@ def run_everything(args: argparse.Namespace) -> None:
     documents, held_out = split_documents(read_documents(args.corpus))
 
     def score(name: str, model: LLM2Vec, training: float = 0.0) -> None:
-        start, which, how = time.monotonic(), ("sts", "masked"), {}
+        start, which, files = time.monotonic(), ("sts", "masked"), benchmarks.STSB_TEST
         if args.compare:  # the states of words do not depend on how a text is pooled
             plain = type(model) is LLM2Vec and model.pooling == "mean"
             which = benchmarks.BENCHMARKS if plain else ("sts", "articles")
-            how = {"sts_files": benchmarks.STS_FILES}
-        scores = benchmarks.evaluate(model, held_out, which, **how)
+            files = benchmarks.STS_FILES
+        scores = benchmarks.evaluate(model, held_out, which, files)
         scores["seconds"] = training + time.monotonic() - start
         rows.setdefault(name, []).append(scores)
         print(f"{name}: {json.dumps(scores)}", flush=True)
@@ -776,10 +763,8 @@ def run_everything(args: argparse.Namespace) -> None:
         clear(folder, args.overwrite)
         data = read_pairs([PAIRS]) if STAGES[stage].pairs else documents
         STAGES[stage].run(model, data, settings, folder)
-        save_tokenizer(model, folder)
-        score(
-            name, model, json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
-        )
+        last_line = (folder / "log.jsonl").read_text().splitlines()[-1]
+        score(name, model, json.loads(last_line)["seconds"])
 
     model = load_for_training(args, is_causal=True)
     for name, baseline in benchmarks.baselines(model) if args.compare else [("causal", model)]:
@@ -803,13 +788,6 @@ def run_everything(args: argparse.Namespace) -> None:
     print(f"\n{benchmarks.table(benchmarks.over_seeds(rows))}")
 
 
-def save_tokenizer(model: LLM2Vec, folder: Path) -> None:
-    """Put the tokenizer beside an adapter: sentence-transformers opens no adapter without one."""
-    files = checkpoint_files(model)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        lora.write_whole(folder / name, (json.dumps(files[name], indent=2) + "\n").encode())
-
-
 def clear(folder: Path, overwrite: bool) -> None:
     """With --overwrite, remove a run folder, and never any other."""
     if overwrite and (folder / "settings.json").exists():
@@ -824,16 +802,15 @@ def save_encoder(model: LLM2Vec, folder: Path) -> None:
     print(f"  python llm2vec.py encode --model {folder} --input texts.txt --output vectors.npy")
 
 
-def add_settings(command: argparse.ArgumentParser, stage: str) -> None:
+def add_settings(command: argparse.ArgumentParser, stage: Stage) -> None:
     """A flag for each field of Settings that the stage has, with the values of the presets."""
     for f in fields(Settings):
-        if not f.metadata["of"](STAGES[stage]):
+        if any(v not in (None, getattr(stage, key)) for key, v in f.metadata["only"].items()):
             continue
-        values = {p: getattr(s, f.name) for p, s in STAGES[stage].presets.items()}
+        values = {preset: getattr(s, f.name) for preset, s in stage.presets.items()}
         if len(set(values.values())) == 1:
-            [value, *_] = values.values()
-            values = {} if f.default is None else {"default": value}
-        shown = ", ".join(f"{preset}: {value}" for preset, value in values.items())
+            values = {"default": next(iter(values.values()))}
+        shown = ", ".join(f"{name}: {v}" for name, v in values.items() if v is not None)
         about = f.metadata["help"] + (f" ({shown})" if shown else "")
         kind = next(kind for kind in (int, float, str) if f.type in (kind, kind | None))
         how = {"choices": f.metadata["choices"], "metavar": None if kind is str else "N"}
@@ -885,7 +862,7 @@ def parser() -> argparse.ArgumentParser:
         add("--overwrite", **overwrite)
         first = next(iter(stage.presets))
         add("--preset", default=first, choices=stage.presets, help="(default: %(default)s)")
-        add_settings(command, name)
+        add_settings(command, stage)
     return top
 
 

@@ -36,8 +36,9 @@ STS = Path(__file__).parent / "sts"
 STSB_DEV, STSB_TEST = STS / "stsb-dev.tsv", STS / "stsb-test.tsv"
 STS_FILES = [*sorted(STS.glob("sts1*.tsv")), STSB_TEST]
 WORDS = Path(__file__).parent / "words"
-EWT = WORDS / "ewt-pos-dev.tsv", WORDS / "ewt-pos-test.tsv"  # trained on, tested on
+EWT = WORDS / "ewt-pos-dev.tsv", WORDS / "ewt-pos-test.tsv"
 WNUT = WORDS / "wnut17-ner-train.tsv", WORDS / "wnut17-ner-dev.tsv"
+COLUMNS = {"POS": EWT, "NER": WNUT}  # by score: trained on, tested on
 
 
 def read_lines(path: str | Path, expected: str, parse: Callable[[str], Any]) -> list:
@@ -224,19 +225,26 @@ def k_means(x: Tensor, k: int) -> Tensor:
 
 
 def read_columns(path: str | Path) -> list[tuple[list[str], list[str]]]:
-    """The words and labels of each sentence: `word<TAB>label` lines, a blank one behind each."""
+    """The words and labels of each sentence of a CoNLL-style file, first and last column.
+
+    A word a line, columns set apart by tabs (else by spaces), a blank line behind each sentence.
+    """
+    widths = set()
 
     def parse(line: str) -> list[str]:
-        columns = [column.strip() for column in line.split("\t")]
-        if line.strip() and (len(columns) != 2 or not all(columns)):
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            return []
+        columns = [c.strip() for c in (line.split("\t") if "\t" in line else line.split())]
+        widths.add(len(columns))
+        if len(widths) > 1 or len(columns) < 2 or not all(columns):
             raise ValueError
-        return columns if line.strip() else []
+        return columns
 
-    rows = read_lines(path, "word<TAB>label", parse)
+    rows = read_lines(path, "two columns or more, as many as in the lines before", parse)
     sentences = [list(group) for is_sentence, group in groupby(rows, bool) if is_sentence]
     if not sentences:
         raise ValueError(f"{path}: no sentence in it")
-    return [([word for word, _ in rows], [label for _, label in rows]) for rows in sentences]
+    return [([row[0] for row in words], [row[-1] for row in words]) for words in sentences]
 
 
 @torch.no_grad()
@@ -266,14 +274,16 @@ def word_states(encoder: LLM2Vec, sentences: Sequence[Sequence[str]]) -> tuple[T
     return (total / count.clamp_min(1)).unbind(1)
 
 
-def words(encoder: LLM2Vec, name: str, train: str | Path, test: str | Path) -> dict[str, float]:
-    """Score frozen word states with a linear probe, trained on one file and tested on another.
+def words(
+    encoder: LLM2Vec, train: str | Path, test: str | Path, name: str | None = None
+) -> dict[str, float]:
+    """Score frozen word states with a linear probe, trained on one column file, tested on another.
 
     The paper's section 3.1. Labels that start with B- or I- are entities, scored by F1; others are
     tags, scored by accuracy. Two scores: `name`, at a word's own tokens, and `name, i-1`, at the
     tokens before, which the paper reads after MNTP.
     """
-    sides = [read_columns(file) for file in (train, test)]
+    name, sides = name or Path(test).stem, [read_columns(file) for file in (train, test)]
     labels = [label for side in sides for _, labels in side for label in labels]
     kinds, labels = np.unique(labels, return_inverse=True)
     y = torch.from_numpy(labels).to(encoder.decoder.device)
@@ -380,6 +390,7 @@ def evaluate(
     held_out: Sequence[str],
     benchmarks: Sequence[str] = ("sts", "masked"),
     sts_files: str | Path | Sequence[str | Path] = STSB_TEST,
+    columns: dict[str, tuple] = COLUMNS,
 ) -> dict[str, float]:
     """Scores by name; masked tokens are those of the held-out documents."""
     scores, masked = {}, {}
@@ -391,8 +402,8 @@ def evaluate(
         scores |= sts(model, sts_files)
     if "articles" in benchmarks:
         scores |= articles(model)
-    if "words" in benchmarks:
-        scores |= words(model, "POS", *EWT) | words(model, "NER", *WNUT)
+    for name, files in columns.items() if "words" in benchmarks else ():
+        scores |= words(model, *files, name)
     return scores | masked
 
 
@@ -444,16 +455,21 @@ def main() -> None:
     add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="(default: all)")
     text = "score<TAB>a<TAB>b lines (default: STS12 without MSRvid, STS15 and STS-B test)"
     add("--sts", nargs="+", default=STS_FILES, metavar="FILE", help=text)
+    text = "column files to probe words with (default: EWT tags and WNUT-17 entities)"
+    add("--words", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"), help=text)
     add("--corpus", default=WIKIPEDIA, help="of whose held-out documents tokens are masked")
     add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
     add("--causal", action="store_true", help="leave out step 1: attend to the left only")
     add("--baselines", action="store_true", help="score the baselines of the causal model too")
     args = parser.parse_args()
     held_out, name = held_out_of(args.corpus), Path(args.model).name
+    columns = {Path(test).stem: (train, test) for train, test in args.words}
+    if len(columns) < len(args.words):
+        raise ValueError("--words: two test files of one name, under which their score stands")
 
     def score(encoder: LLM2Vec, which: Sequence[str]) -> dict[str, float]:
         start = time.monotonic()
-        scores = evaluate(encoder, held_out, which, args.sts)
+        scores = evaluate(encoder, held_out, which, args.sts, columns or COLUMNS)
         return scores | {"seconds": time.monotonic() - start}
 
     how = {"pooling": args.pooling, "is_causal": args.causal or None}

@@ -115,10 +115,12 @@ def test_a_bad_line_is_named(read, line, tmp_path):
         read(tmp_path / "a.tsv")
 
 
-def test_columns_are_the_same_with_the_line_ends_of_windows(tmp_path):
-    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfNew York\tB-LOC\r\nis\tO\r\n\r\n\r\nYes\tO")
-    expected = [(["New York", "is"], ["B-LOC", "O"]), (["Yes"], ["O"])]
-    assert bench.read_columns(tmp_path / "a.tsv") == expected
+def test_columns_of_all_kinds(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\r\n\n\n\nPeter NNP B-PER\n")
+    assert bench.read_columns(file) == [(["EU", "rejects"], ["B-ORG", "O"]), (["Peter"], ["B-PER"])]
+    file.write_bytes(b"\xef\xbb\xbfNew York\tB-LOC\r\n")
+    assert bench.read_columns(file) == [(["New York"], ["B-LOC"])]
 
 
 def test_a_file_with_nothing_to_score_is_named(tmp_path):
@@ -201,7 +203,7 @@ def test_words_are_scored_by_what_their_labels_are(encoder, tmp_path):
     tags.write_text(TAGS)
     names.write_text(TAGS.replace("NOUN", "B-PET").replace("VERB", "O").replace("DET", "O"))
     for file in (tags, names):
-        scores = bench.words(encoder, "mine", file, file)
+        scores = bench.words(encoder, file, file, "mine")
         assert scores["mine"] == 1 and scores.keys() == {"mine", "mine, i-1"}
 
 
@@ -300,7 +302,9 @@ def test_the_command_scores_a_checkpoint_and_the_baselines(encoder, tmp_path, mo
     mine = tmp_path / "mine.tsv"
     mine.write_text("\n".join(bench.STS_FILES[-1].read_text().splitlines()[:40]))
     command = ["benchmarks", "--model", str(TINY), "--dtype", "float32", "--baselines"]
-    command += ["--benchmarks", "sts", "masked", "--sts", str(mine)]
+    (tmp_path / "tags.tsv").write_text(TAGS)
+    command += ["--benchmarks", "sts", "masked", "words", "--sts", str(mine)]
+    command += ["--words", *2 * [str(tmp_path / "tags.tsv")]]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(bench, "masked_accuracy", lambda *_: 0.25)
     bench.main()
@@ -311,3 +315,7 @@ def test_the_command_scores_a_checkpoint_and_the_baselines(encoder, tmp_path, mo
     assert rows["tiny-llama"]["mine"] == pytest.approx(bench.sts(encoder, mine)["mine"])
     masked = [name for name, scores in rows.items() if scores.get("masked tokens") == 0.25]
     assert masked == ["tiny-llama"], "a baseline has no guesses of its own"
+    assert rows["tiny-llama"]["tags"] == 1 and "tags" not in rows["causal, echo"]
+    monkeypatch.setattr(sys, "argv", [*command, *command[-3:]])
+    with pytest.raises(ValueError, match="--words: two test files of one name"):
+        bench.main()

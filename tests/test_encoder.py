@@ -19,6 +19,7 @@ import llm2vec
 from data.corpus import WIKIPEDIA, read_documents
 from data.files import encode_file
 from llm2vec import Decoder, LLM2Vec, load_tokenizer, tokenize
+from lora import add_lora, merge_lora, save_adapter
 
 ROOT = Path(__file__).parent.parent
 TINY, GOLDEN = ROOT / "data" / "tiny-llama", ROOT / "tests" / "golden"
@@ -263,10 +264,35 @@ def test_the_command_line_compares(encoder, monkeypatch, capsys):
     assert said == [["1.000", f"{a @ b:.3f}", texts[0]], [f"{a @ b:.3f}", "1.000", texts[1]]]
 
 
+def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, monkeypatch, capsys):
+    """Which stand behind them, where argparse would take them for adapters."""
+    model, texts = LLM2Vec.from_pretrained(folder), ["a b", "c"]
+    for name in ("one", "two"):
+        for parameter in add_lora(model.decoder, rank=2):
+            torch.nn.init.normal_(parameter)
+        save_adapter(model.decoder, tmp_path / name)
+        merge_lora(model.decoder)
+    adapters = [str(tmp_path / "one"), str(tmp_path / "two")]
+    a, b = model.encode(texts, normalize=True)
+    start = ["llm2vec.py", "similar", "--model", str(folder), "--dtype", "float32"]
+    for args in (["--adapters", *adapters, *texts], [*texts, "--adapters", *adapters]):
+        monkeypatch.setattr(sys, "argv", [*start, *args])
+        llm2vec.main()
+        first, _ = capsys.readouterr().out.splitlines()
+        assert first.split() == ["1.000", f"{a @ b:.3f}", "a", "b"]
+    for args, said in ((adapters, "no sentences"), ([str(tmp_path / "thre"), *texts], "thre: no")):
+        monkeypatch.setattr(sys, "argv", [*start, "--adapters", *args])
+        with pytest.raises(SystemExit) as end:
+            llm2vec.run(llm2vec.main)
+        assert end.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_one_string_is_one_vector(encoder):
     vector = encoder.encode("A man plays a guitar.")
     assert vector.shape == (encoder.decoder.config.hidden_size,)
     assert np.array_equal(vector, encoder.encode(["A man plays a guitar."])[0])
+    with pytest.raises(TypeError, match="normalize_embeddings"):
+        encoder.encode(["a"], normalize_embeddings=True)  # never taken and ignored
 
 
 def test_json_lines_keep_their_fields(encoder, tmp_path):
