@@ -48,7 +48,7 @@ def torchrun(*args: object) -> subprocess.Popen:
 
 
 def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.jsonl").open()]
 
 
 def newest(folder: Path) -> int:
@@ -94,10 +94,10 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
     again.terminate()
     _, errors = again.communicate(timeout=60)
     steps = [line["step"] for line in log_of(folder)]
-    assert newest(folder) >= saved + 50 and steps == list(range(40, steps[-1] + 1, 40)), errors
+    assert newest(folder) >= saved + 50 and steps == list(range(1, steps[-1] + 1)), errors
 
 
-@pytest.mark.parametrize("ranks, count", [(2, 23), (3, 7), (3, 2)])
+@pytest.mark.parametrize("ranks, count", [(2, 23), (3, 2)])
 def test_parts_of_a_file_joined_are_the_file_of_one_process(ranks, count, tmp_path, monkeypatch):
     """Even where there are more processes than texts."""
     encoder = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)

@@ -23,6 +23,11 @@ def write(path: Path, *records: object) -> Path:
     return path
 
 
+def run(model: LLM2Vec, datasets: list[list[dict]], folder: Path, **changes) -> None:
+    settings = replace(STAGES["supervised"].presets["tiny"], **changes)
+    STAGES["supervised"].run(model, datasets, settings, folder)
+
+
 A = {"query": "a?", "positive": "a."}
 B = {"query": "b?", "positive": "b.", "negative": "not b.", "instruction": "Find b:"}
 C = {"query": "c?", "positive": "c.", "negative": ["not c.", "nor this"]}
@@ -86,12 +91,10 @@ def test_queries_choose_among_all_positives_and_hard_negatives(max_tokens, tmp_p
     model = LLM2Vec.from_pretrained(TINY)
     model.decoder.requires_grad_(True)
     longer = {"query": "a longer query?", "positive": "and a longer answer", "negative": "x"}
-    pairs = [A, B, C, longer]
+    pairs, found = [A, B, C, longer], []
     dataset = read_pairs([write(tmp_path / "a.jsonl", *pairs)])
-    found = []
     monkeypatch.setattr(train, "fit", lambda _, data, backward, *__: found.append(backward(*data)))
-    settings = replace(STAGES["supervised"].presets["tiny"], max_tokens=max_tokens)
-    STAGES["supervised"].run(model, dataset, settings, tmp_path)
+    run(model, dataset, tmp_path, max_tokens=max_tokens)
     weight = model.decoder.layers[2].mlp.up_proj.weight
     gradient = weight.grad.clone()
     model.decoder.zero_grad()
@@ -115,8 +118,7 @@ def test_instructions_stand_where_the_pairs_say_and_go_with_the_encoder(tmp_path
     model, seen = LLM2Vec.from_pretrained(TINY), []
     monkeypatch.setattr(train, "contrast", lambda _, rows, *__: seen.append(rows) or (0.0, 1))
     monkeypatch.setattr(train, "fit", lambda _, data, backward, *__: backward(data[0]))
-    settings = STAGES["supervised"].presets["tiny"]
-    STAGES["supervised"].run(model, pairs, settings, tmp_path)
+    run(model, pairs, tmp_path)
     texts = ["a?", "c?", "a.", "c.", "not c.", "nor this"]
     assert seen[0] == tokenize(model.tokenizer, texts, 64, "Find alike:")
     assert model.prompts == {"query": "Find alike:\n", "document": "Find alike:\n"}
@@ -126,7 +128,7 @@ def test_instructions_stand_where_the_pairs_say_and_go_with_the_encoder(tmp_path
     assert LLM2Vec.from_pretrained(tmp_path / "out").prompts == model.prompts
     other = LLM2Vec.from_pretrained(TINY)
     pairs = read_pairs([write(tmp_path / "b.jsonl", A, B)])
-    STAGES["supervised"].run(other, pairs, settings, tmp_path)
+    run(other, pairs, tmp_path)
     assert other.prompts == {"document": ""}, "two instructions are none"
 
 
@@ -141,40 +143,27 @@ def test_the_rate_may_fall_over_several_epochs():
 
 
 def test_an_encoder_reads_as_much_of_a_text_as_it_was_trained_on(tmp_path):
-    model = LLM2Vec.from_pretrained(TINY)
-    pairs = [{"query": q, "positive": q, "negatives": [], "instruction": ""} for q in ("a b", "c")]
-    settings = replace(STAGES["supervised"].presets["tiny"], steps=1, batch=2)
+    model, pairs = LLM2Vec.from_pretrained(TINY), read_pairs([write(tmp_path / "a.jsonl", A, C)])
     for length, expected in ((64, 512), (1024, 1024)):
-        changed = replace(settings, length=length, pooling="last")
-        STAGES["supervised"].run(model, [pairs], changed, tmp_path / str(length))
+        run(model, pairs, tmp_path / str(length), steps=1, length=length, pooling="last")
         assert (model.max_length, model.pooling) == (expected, "last")
 
 
 def test_queries_that_share_an_answer_are_not_set_against_it(tmp_path):
-    """The loss is that of a batch without the copies; and training gets it down."""
-    vectors = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    query, shared, other = vectors[:3], vectors[3:4], vectors[4:5]
-    positive = torch.cat([shared, other, shared])  # of queries 0 and 2 the same
-    negative = torch.cat([shared, vectors[5:]])  # and a hard negative of another query
+    """The loss is that of a batch without the copies; where all are copies, there is none."""
+    query, candidates = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    query, positive, negative = query[:3], candidates[:3], candidates[3:]
+    positive[2] = negative[0] = positive[0]  # one answer of two queries, and again as a negative
     copies = torch.zeros(3, 5, dtype=torch.bool)
     copies[0, [2, 3]] = copies[2, [0, 3]] = True
+    scores = 20 * torch.cosine_similarity(query[:, None], candidates, dim=-1)
+    left = [[0, 1, 4], [0, 1, 2, 3, 4], [1, 2, 4]]
+    expected = [scores[i, kept].logsumexp(0) - scores[i, i] for i, kept in enumerate(left)]
     found = contrastive_loss(query, positive, negative, 20.0, copies)
-    candidates = torch.cat([shared, other, vectors[5:]])
-    rows = [
-        contrastive_loss(
-            query[i : i + 1], candidates[[c]], candidates[[j for j in range(3) if j != c]]
-        )
-        for i, c in ((0, 0), (2, 0))
-    ]
-    rows.append(contrastive_loss(query[1:2], other, torch.cat([shared, shared, negative])))
-    torch.testing.assert_close(found, torch.stack(rows).mean())
+    torch.testing.assert_close(found, torch.stack(expected).mean())
 
-    model = LLM2Vec.from_pretrained(TINY)
-    pairs = [
-        {"query": f"Question {i}?", "positive": "Yes.", "negatives": ["Yes."], "instruction": ""}
-        for i in range(8)
-    ]
-    settings = replace(STAGES["supervised"].presets["tiny"], steps=2, batch=8)
-    STAGES["supervised"].run(model, [pairs], settings, tmp_path / "run")
-    losses = [json.loads(x)["loss"] for x in (tmp_path / "run" / "log.jsonl").open()]
+    same = {"positive": "Yes.", "negatives": ["Yes."], "instruction": ""}
+    pairs = [{"query": f"Question {i}?"} | same for i in range(8)]
+    run(LLM2Vec.from_pretrained(TINY), [pairs], tmp_path, steps=2, batch=8)
+    losses = [json.loads(x)["loss"] for x in (tmp_path / "log.jsonl").open()]
     assert max(losses) < 1e-6, "there is nothing to be told apart"
