@@ -162,12 +162,12 @@ def fit(
                 run.save(step, parameters, optimizer)
                 what = f"step {step + 1}: the loss is {loss} and the norm of the gradient {norm}"
                 raise ValueError(f"{what}; the state before it is in {folder}")
+            lr = learning_rate(step, settings, epoch)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings, epoch)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            dev = run.score(step + 1, model, parameters)
-            run.log(step + 1, loss, learning_rate(step, settings, epoch), tokens, dev)
+            run.log(step + 1, loss, lr, tokens, run.score(step + 1, model, parameters))
             if (step + 1) % settings.save_every == 0:
                 run.save(step + 1, parameters, optimizer)
     run.take_best(parameters)
