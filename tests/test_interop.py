@@ -44,18 +44,17 @@ def adapted(name: str) -> Decoder:
     return decoder
 
 
-def assert_states(decoder: Decoder, name: str, atol: float = 1e-5) -> None:
-    """Equal within atol, or as near as two float32 computations are: each rounds on its own.
+def assert_states(decoder: Decoder, name: str, atol: float = 2e-5) -> None:
+    """In float64, within atol of what PEFT computed in float32; in float32, within 1e-4.
 
-    How much PEFT's rounds is known from float64, which has to be within atol or 2e-5 of it.
+    Each processor rounds float32 in its own way, by up to 2e-5 on these weights.
     """
     ids, segments, found = STATES["input_ids"], STATES["segments"], STATES[name]
     own = (segments > 0)[..., None]
     hidden = decoder(ids, segments) * own
     exact = copy.deepcopy(decoder).double()(ids, segments) * own
-    rounding = (found - exact).abs().max().item()
-    assert rounding < max(atol, 2e-5)
-    torch.testing.assert_close(hidden, found, atol=max(atol, 2 * rounding), rtol=0)
+    torch.testing.assert_close(found.double(), exact, atol=atol, rtol=0)
+    torch.testing.assert_close(hidden, found, atol=1e-4, rtol=0)
 
 
 # --- sentence-transformers -----------------------------------------------------------------------
