@@ -171,8 +171,7 @@ def fit(
             if (step + 1) % settings.save_every == 0:
                 run.save(step + 1, parameters, optimizer)
     run.take_best(parameters)
-    once(lambda: trained.write(decoder, folder))
-    once(lambda: run.finish(model))
+    once(lambda: run.finish(model, trained))
     trained.settle(decoder)
 
 
@@ -687,12 +686,13 @@ class Run:
             pace += "" if dev is None else f"  dev {dev:.4f}"
             print(f"step {step:4d} of {steps}  loss {loss:.3f}  {pace}", flush=True)
 
-    def finish(self, model: LLM2Vec) -> None:
-        """Add the tokenizer, without which sentence-transformers opens no adapter, and tidy up."""
+    def finish(self, model: LLM2Vec, trained: Trained) -> None:
+        """Write what was trained, and the tokenizer that sentence-transformers needs beside it."""
         files = checkpoint_files(model)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             content = (json.dumps(files[name], indent=2) + "\n").encode()
             lora.write_whole(self.folder / name, content)
+        trained.write(model.decoder, self.folder)
         (self.folder / "finished").touch()
         for file in (*self.states(), self.folder / "best.safetensors"):
             file.unlink(missing_ok=True)
