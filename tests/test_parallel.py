@@ -93,7 +93,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
     again.terminate()
     _, errors = again.communicate(timeout=60)
     steps = [line["step"] for line in log_of(folder)]
-    assert newest(folder) >= saved + 50 and steps == list(range(1, steps[-1] + 1)), errors
+    assert newest(folder) >= saved + 50 and steps == list(range(40, steps[-1] + 1, 40)), errors
 
 
 @pytest.mark.parametrize("ranks, count", [(2, 23), (3, 2)])
