@@ -152,7 +152,7 @@ def test_encoding_and_scoring(away):
     assert 0 <= benchmarks.masked_accuracy(model, blocks, benchmarks.mask_id_of(model)) <= 1
 
 
-@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("nf4", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, nf4):
     """In parts, recomputed and on a 4-bit base; or in one pass on weights as they are."""

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 CHECK = Path(__file__).parent / "gpu_check.py"
-SLOW = pytest.param(("right", "training"), marks=pytest.mark.slow)
 
 
 @pytest.mark.skipif("CUDA_VISIBLE_DEVICES" in os.environ, reason="would not be a dry run")
-@pytest.mark.parametrize("steps", [("nf4",), SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [("nf4",), ("right", "training")])
 def test_every_step_that_needs_no_compiler_runs(steps):
     """`right` also holds its limits: a resumed run, and a second pass, have the same bits."""
     command = [sys.executable, CHECK, *steps]

@@ -56,6 +56,7 @@ def newest(folder: Path) -> int:
     return max((int(f.stem[6:]) for f in folder.glob("state-*.safetensors")), default=0)
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_adapters_of_one(tmp_path):
     job = torchrun(__file__, tmp_path, json.dumps(RUNS))
     for run in {(stage, steps, 8192, batch) for stage, steps, _, batch in RUNS}:
