@@ -84,9 +84,15 @@ class Settings:
     )
     mask_token: str = setting("the plain token that hides others", "_", encoder=False)
     scale: float = setting("inverse temperature of the loss", 20.0, encoder=True)
-    pooling: str = setting("how states become a vector", "mean", True, None, llm2vec.POOLING)
+    pooling: str = setting(
+        "how states become a vector", "mean", encoder=True, choices=llm2vec.POOLING
+    )
     split: str = setting(
-        "what is a text to learn from", "sentence", True, False, ("sentence", "line")
+        "what is a text to learn from",
+        "sentence",
+        encoder=True,
+        pairs=False,
+        choices=("sentence", "line"),
     )
     dev: str | None = setting(
         "STS file to score every --save-every steps: the best step is kept", None, encoder=True
@@ -444,7 +450,7 @@ class Stage(NamedTuple):
 # small a model needs high rates, and more dropout, or it solves the task of SimCSE at once.
 # `laptop` is for SmolLM2-135M on two cores, and was chosen on STS-B dev. At a scale of 20 the loss
 # of SimCSE is nothing within ten steps; at 10 there is something to learn for longer. `gpu` is for
-# the same model and eight minutes of an H100, with the paper's steps and batches of MNTP.
+# the same model and seven minutes of an H200, with the paper's steps and batches of MNTP.
 STAGES = {
     "mntp": Stage(
         train_mntp,
