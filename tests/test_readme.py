@@ -17,7 +17,7 @@ TEXT, *OTHERS = (file.read_text(encoding="utf-8") for file in FILES)
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join([TEXT, *OTHERS]), re.DOTALL))
 OURS = r"python (?:-m )?(?:train|llm2vec|data)[\w./]*.*|torchrun .*"
 COMMANDS = [line.strip() for line in re.findall(rf"^\s*({OURS})$", SHELL, re.MULTILINE)]
-DIFFS = re.findall(r"```diff\n(.*?)\n```", TEXT, re.DOTALL)
+DIFFS = re.findall(r"```diff\n(.*?)\n```", "\n".join([TEXT, *OTHERS]), re.DOTALL)
 
 
 class Parsed(BaseException):
@@ -55,16 +55,16 @@ def test_every_python_example_runs():
 @pytest.mark.parametrize("diff", DIFFS, ids=range(len(DIFFS)))
 def test_every_hack_runs_as_it_stands(diff, tmp_path):
     """To the end of the table, on the bundled model."""
-    first, *lines = diff.splitlines()
-    old = "\n".join(line[1:] for line in lines if line[0] != "+")
-    new = "\n".join(line[1:] for line in lines if line[0] != "-")
     for name in ("llm2vec.py", "lora.py", "train.py", "data"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    file = tmp_path / first.removeprefix("--- ")
-    code = file.read_text()
-    assert code.count(old) == 1, "the place that it changes is there"
-    file.write_text(code.replace(old, new))
+    for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+        name, *lines = part.splitlines()
+        old = "\n".join(line[1:] for line in lines if line[0] != "+")
+        new = "\n".join(line[1:] for line in lines if line[0] != "-")
+        code = (tmp_path / name).read_text()
+        assert code.count(old) == 1, "the place that it changes is there"
+        (tmp_path / name).write_text(code.replace(old, new))
     command = [sys.executable, "train.py", "--steps", "2", "--dtype", "float32", "--output", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "| + simcse" in done.stdout, done.stderr
