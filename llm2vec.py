@@ -24,15 +24,13 @@ Shapes: B batch, T tokens, d width, H heads, K key/value heads, D head width, V 
 """
 
 import argparse
-import contextlib
 import functools
-import json
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +38,29 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from llm2vec_data.checkpoints import (
+    EXTRA,
+    PREFIX,
+    TEMPLATES,
+    UNUSED,
+    check_tensor,
+    encoder_options,
+    find_adapter,
+    find_checkpoint,
+    is_folder_or_hub_name,
+    load_tokenizer,
+    read_config,
+    tell_unused,
+    weight_files,
+)
+from llm2vec_data.disk import read_json, reading
+from llm2vec_data.encode import count_cut, encode_file, tell_cut
+from llm2vec_data.export import save_encoder
+from lora import load_adapter, merge_lora, read_extra
 
 
 @dataclass
@@ -57,14 +74,16 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    model_type: str = "llama"  # see FAMILIES
+    model_type: str = "llama"  # whose name an exported folder has; the decoder asks for features
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": ...} and what ROPE_SCALING says it needs
     sliding_window: int | None = None
     layer_types: list[str] | None = None  # full_attention or sliding_attention; None: all sliding
     no_rope_layers: list[int] | None = None  # 0 for each layer without rotary positions, else 1
-    attention_bias: bool = False  # on q, k, v and o; a qwen2 always has those on q, k and v
+    attention_bias: bool = False  # on q, k, v and o
+    qkv_bias: bool = False  # on q, k and v (Qwen2)
+    qk_norm: bool = False  # a norm on every head of q and k (Qwen3)
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
@@ -74,9 +93,7 @@ class Config:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
         """Read `folder`/config.json. Raises FileNotFoundError, or ValueError naming the field."""
-        from data.checkpoints import read_config  # the families, and what their files leave out
-
-        return read_config(Path(folder) / "config.json")
+        return cls(**read_config(Path(folder) / "config.json", fields(cls)))
 
 
 # --- Attention mask ----------------------------------------------------------------------------
@@ -182,13 +199,13 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         d, D = config.hidden_size, config.head_dim
-        bias = config.attention_bias or config.model_type == "qwen2"
+        bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=config.attention_bias)
         self.q_norm = self.k_norm = nn.Identity()
-        if config.model_type == "qwen3":
+        if config.qk_norm:
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
         self.rotary = config.no_rope_layers is None or bool(config.no_rope_layers[layer])
@@ -314,8 +331,6 @@ class Decoder(nn.Module):
         Its weights are safetensors, whole or sharded, of a causal LM or of its inner model, which
         has no output head. Raises FileNotFoundError or ValueError, naming the file and tensor.
         """
-        from data.checkpoints import find_checkpoint  # where it is, or what is there instead
-
         folder = find_checkpoint(path_or_name)
         config = Config.from_pretrained(folder)
         with reading(folder / "config.json"), torch.device("meta"):  # shapes, no memory yet
@@ -323,42 +338,12 @@ class Decoder(nn.Module):
         load_weights(decoder, folder, dtype, torch.device(device))
         local = Path(path_or_name).is_dir()
         decoder.name_or_path = str(folder.resolve() if local else path_or_name)
-        return decoder.train(False)
+        return decoder.eval()
 
 
 # --- From disk ---------------------------------------------------------------------------------
 # What this decoder can't compute is refused by name, never ignored: a checkpoint that loads is a
 # checkpoint that gives the right numbers. Only JSON and safetensors are read.
-
-
-@contextlib.contextmanager
-def reading(file: str | Path, hint: str = "") -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one ValueError that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file") from None
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:  # the tokenizers library panics outside of Exception
-        said = " ".join(str(error).split())
-        said = f"{said} is missing" if isinstance(error, KeyError) else said
-        raise ValueError(f"{file}: {said or type(error).__name__}{hint}") from None
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file."""
-    with reading(file):
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError(f"expected a JSON object, got {type(raw).__name__}")
-        return raw
-
-
-# What wrappers put in front of a tensor's name; and what an encoder has no use for: the heads of
-# classifiers and of reward models, and tables that are computed here.
-PREFIX = re.compile(r"^((module|_orig_mod|base_model\.model|model)\.)+")
-UNUSED = re.compile(r"(score|classifier|classification_head|v_head|value_head)\.|.*rotary_emb\.")
 
 
 def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -374,7 +359,9 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
                 if UNUSED.match(key):
                     unused.append(name)
                 elif key in wanted:
-                    weight = checked(tensors.get_tensor(name), name, wanted.pop(key).shape, dtype)
+                    weight = check_tensor(
+                        tensors.get_tensor(name), name, wanted.pop(key).shape, dtype
+                    )
                     module, _, leaf = key.rpartition(".")
                     weight = nn.Parameter(weight, requires_grad=False)
                     setattr(decoder.get_submodule(module), leaf, weight)
@@ -388,97 +375,12 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
     tell_unused(folder, unused)
 
 
-# Types that are numbers by themselves; whole numbers and 8 bits mean a quantised checkpoint.
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def checked(weight: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of a file as `dtype`. Raises ValueError for one that can't be what it should be."""
-    if list(weight.shape) != list(shape):
-        raise ValueError(f"tensor {name} is {list(weight.shape)}, expected {list(shape)}")
-    if weight.dtype not in FLOATS:
-        raise ValueError(f"tensor {name} has type {weight.dtype}")
-    weight = weight.to(dtype)
-    if not weight.isfinite().all():
-        raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}")
-    return weight
-
-
-def tell_unused(file: Path, names: list[str]) -> None:
-    """Say in one line which tensors were left out, as an encoder has no use for them."""
-    if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        print(f"{file}: {names[0]}{more} left out, of no use to an encoder", file=sys.stderr)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The whole file, or else the shards that its index names."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole]
-    raw = read_json(index)
-    with reading(index):
-        names = sorted(set(raw["weight_map"].values()))
-        for name in names:
-            if Path(name).name != name:  # a path could name any file of the machine
-                raise ValueError(f"{name!r} is not the name of a file in this folder")
-    return [folder / name for name in names]
-
-
 # --- Text to tokens ----------------------------------------------------------------------------
 # tokenizer.json says itself whether a BOS token goes in front. The vector of a text averages the
 # text's own tokens: BOS and an instruction are attended to, but not averaged (section 3.2).
 
 
-# What stands around a text: the markers that the authors' encoder writes for the instruct models
-# that it was used with; or, for a tokenizer without BOS (SmolLM2, Qwen), the token that stood
-# before each document in pre-training. A causal model parks attention that it has no use for on its
-# first token (Xiao et al. 2023, arXiv 2309.17453), which should not be a word of the text.
-TEMPLATES = {
-    "endoftext": ("<|endoftext|>", ""),
-    "mistral": ("[INST]", "[/INST]"),  # Mistral-Instruct, Llama-2-chat
-    "llama-3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-}
-
-
-def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
-    """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text.
-
-    template: the name of one in TEMPLATES, whose markers are to stand around every text.
-    """
-    if template is not None and template not in TEMPLATES:
-        raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
-    file = Path(folder) / "tokenizer.json"
-    with reading(file):
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode("a")  # some faults show only in use
-        if template is not None:
-            surround(tokenizer, *TEMPLATES[template])
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def surround(tokenizer: Tokenizer, opening: str, closing: str) -> None:
-    """Put markers around every text, however long: they are never cut, and saved with the rest."""
-    if "[OPEN]" in tokenizer.to_str():
-        raise ValueError("has a chat template already")
-    for marker in re.findall(r"<\|\w+\|>", opening + closing):
-        if tokenizer.token_to_id(marker) is None:
-            raise ValueError(f"has no token {marker}, as the template needs")
-    front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
-    back = tokenizer.encode(closing, add_special_tokens=False)
-    tokenizer.post_processor = TemplateProcessing(
-        single="[OPEN] $A [CLOSE]",
-        special_tokens=[
-            {"id": "[OPEN]", "ids": front.ids, "tokens": front.tokens},
-            {"id": "[CLOSE]", "ids": back.ids, "tokens": back.tokens},
-        ],
-    )
-
-
-def lead_of(instruction: str | None, separator: str = "\n") -> str:
+def prompt_prefix(instruction: str | None, separator: str = "\n") -> str:
     """What an instruction puts in front of a text: itself and the separator."""
     lead = instruction or ""
     if separator:  # more white space would be cut differently in front of a text than alone
@@ -509,7 +411,7 @@ def tokenize(
             raise ValueError(f"text {i} is {type(text).__name__}, expected a string: {text!r:.60}")
         if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}")
-    lead = lead_of(instruction, separator)
+    lead = prompt_prefix(instruction, separator)
     special = tokenizer.encode(lead.rstrip(" ")).special_tokens_mask  # a space goes with the text
     before = max((i + 1 for i, s in enumerate(special) if not s), default=0)  # BOS and the lead
     if max_length <= tokenizer.num_special_tokens_to_add(False):
@@ -539,18 +441,17 @@ def pad(rows: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Te
 # --- Pooling -----------------------------------------------------------------------------------
 
 
-def places(own: Tensor) -> Tensor:
+def positions(own: Tensor) -> Tensor:
     """1, 2, 3... by place in the row, for own tokens; 0 for others."""
     return torch.arange(1, own.shape[1] + 1, device=own.device) * own
 
 
-# Rules that make weights (B, T) from `own` (B, T), 1.0 for the tokens that count and 0.0 for
-# others; and the name that sentence-transformers has for each, None if it has none.
-POOLING: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
-    "mean": (lambda own: own, "mean_tokens"),  # what the paper found best
-    "weighted_mean": (places, "weightedmean_tokens"),  # by place: SGPT, Muennighoff 2022
-    "last": (lambda own: own * (places(own) == places(own).amax(1, True)), "lasttoken"),
-    "first": (lambda own: own * (own.cumsum(1) == 1), "cls_token"),
+# Rules that make weights (B, T) from `own` (B, T), 1.0 for the tokens that count and 0.0 for others.
+POOLING: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda own: own,  # what the paper found best
+    "weighted_mean": positions,  # by place: SGPT, Muennighoff 2022
+    "last": lambda own: own * (positions(own) == positions(own).amax(1, True)),
+    "first": lambda own: own * (own.cumsum(1) == 1),
 }
 
 
@@ -565,7 +466,7 @@ def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = No
         if weights not in POOLING:
             raise ValueError(f"pooling {weights!r}: expected {', '.join(POOLING)}")
         own = hidden.new_ones(hidden.shape[:2]) if own is None else own
-        weights = POOLING[weights][0](own.float())
+        weights = POOLING[weights](own.float())
     weights = weights.float() / weights.float().sum(1, keepdim=True).clamp_min(1e-9)
     return (weights[:, None, :] @ hidden.float())[:, 0]
 
@@ -587,42 +488,27 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Choose a share of the tokens of input_ids (B, T), and hide them.
 
-    Returns the ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans. The
-    two functions below say what the arguments are; the generator is one of the CPU.
+    Args:
+        rate: the chance of each token to be chosen; a tensor (B, 1) for one by row. The first token
+            of a row never is: no state stands before it.
+        replace: of the chosen tokens, a share replace[0] becomes mask_id (the paper takes the plain
+            token `_`), a share replace[1] a random token below vocab_size; the rest stays, and
+            still has to be predicted. (0.8, 0.1) is BERT's rule (Devlin et al. 2019), used for
+            Llama; (1, 0) is used for Mistral.
+        maskable: (B, T) booleans, the tokens that may be chosen; None for all.
+        generator: one of the CPU.
+
+    Returns the ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans.
     """
-    chosen = choose_tokens(input_ids, rate, maskable, generator)
-    return corrupt_tokens(input_ids, chosen, mask_id, vocab_size, replace, generator), chosen
-
-
-def choose_tokens(input_ids: Tensor, rate: float, maskable=None, generator=None) -> Tensor:
-    """The tokens of input_ids that are to be predicted, (B, T) booleans, each by the chance `rate`.
-
-    `maskable` (B, T) says which may be. The first of a row never is: no state stands before it.
-    """
-    chosen = torch.rand(input_ids.shape, generator=generator).to(input_ids.device) < rate
+    shape, device = input_ids.shape, input_ids.device
+    chosen = torch.rand(shape, generator=generator).to(device) < rate
     chosen[:, 0] = False
-    return chosen if maskable is None else chosen & maskable
-
-
-def corrupt_tokens(
-    input_ids: Tensor,
-    chosen: Tensor,
-    mask_id: int,
-    vocab_size: int,
-    replace=(0.8, 0.1),
-    generator=None,
-) -> Tensor:
-    """input_ids (B, T) with the chosen tokens hidden.
-
-    Of these, a share replace[0] becomes mask_id (the paper takes the plain token `_`), a share
-    replace[1] a random token below vocab_size; the rest stays, and still has to be predicted.
-    (0.8, 0.1) is BERT's rule (Devlin et al. 2019), used for Llama; (1, 0) is used for Mistral.
-    """
-    draw = torch.rand(input_ids.shape, generator=generator).to(input_ids.device)
-    noise = torch.randint(vocab_size, input_ids.shape, generator=generator).to(input_ids.device)
+    chosen = chosen if maskable is None else chosen & maskable
+    draw = torch.rand(shape, generator=generator).to(device)
+    noise = torch.randint(vocab_size, shape, generator=generator).to(device)
     hidden = torch.where(chosen & (draw < replace[0]), mask_id, input_ids)
     swapped = chosen & (draw >= replace[0]) & (draw < sum(replace))
-    return torch.where(swapped, noise, hidden)
+    return torch.where(swapped, noise, hidden), chosen
 
 
 def mntp_loss(
@@ -674,7 +560,7 @@ def contrastive_loss(
     positive: Tensor,
     negative: Tensor | None = None,
     scale: float = 20.0,
-    copies: Tensor | None = None,
+    duplicates: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy, in nats, of picking the positive of each query among all candidates.
 
@@ -682,19 +568,23 @@ def contrastive_loss(
         query, positive: (B, d); row i of one belongs to row i of the other.
         negative: (any number, d), hard negatives: more candidates for every query.
         scale: inverse temperature, by which the cosine is multiplied.
-        copies: (B, candidates) booleans, other copies of a query's own positive: no candidates.
+        duplicates: (B, candidates) booleans, other copies of a query's own positive: no candidates.
     """
     candidates = positive if negative is None else torch.cat([positive, negative])
     cosine = F.normalize(query.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
-    cosine = cosine if copies is None else cosine.masked_fill(copies, float("-inf"))
+    cosine = cosine if duplicates is None else cosine.masked_fill(duplicates, float("-inf"))
     return F.cross_entropy(scale * cosine, torch.arange(len(query), device=query.device))
 
 
 # --- The encoder -------------------------------------------------------------------------------
 
 
-class LLM2Vec:
-    """A decoder, its tokenizer and a pooling rule: texts in, vectors out."""
+class LLM2Vec(nn.Module):
+    """A decoder, its tokenizer and a pooling rule: texts in, vectors out.
+
+    More modules may stand beside the decoder, a pooler or a head: they are trained, saved and
+    loaded with it, by name.
+    """
 
     def __init__(
         self,
@@ -710,6 +600,7 @@ class LLM2Vec:
 
         prompts: what sentence-transformers is told to put in front of a query or a document.
         """
+        super().__init__()
         self.decoder, self.tokenizer = decoder, tokenizer
         self.pooling, self.max_length = pooling, max_length
         self.separator, self.include_prompt = separator, include_prompt
@@ -745,32 +636,32 @@ class LLM2Vec:
         template is the name of one in TEMPLATES. device defaults to the first of cuda, mps and cpu
         that is there; dtype to bfloat16 on a GPU that has it, else to float32.
         """
-        from data.checkpoints import find_checkpoint
-        from data.export import described  # a folder's own files say how it is to be used
-
         folder = find_checkpoint(path_or_name, "tokenizer.json")
         adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters
+        adapters = [find_adapter(adapter) for adapter in adapters]
         device = torch.device(device or default_device())
         if device == torch.device("cuda"):  # safetensors would take the first GPU for each process
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if dtype is None:
             fast = device.type != "cpu" and has_bfloat16(device)
             dtype = torch.bfloat16 if fast else torch.float32
+        options = encoder_options(folder, adapters)
+        if template in ("mistral", "llama-3"):
+            options.setdefault("separator", " ")  # as the authors have it
         given = {"pooling": pooling, "max_length": max_length}
         given |= {"is_causal": is_causal, "separator": separator}
-        how = described(folder) | {k: value for k, value in given.items() if value is not None}
-        names = [Path(name).name for name in (path_or_name, *adapters)]
-        if template in ("mistral", "llama-3") or any(n.startswith("LLM2Vec-") for n in names):
-            how.setdefault("separator", " ")  # as the authors have it
+        options |= {name: value for name, value in given.items() if value is not None}
         tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
         decoder = Decoder.from_pretrained(path_or_name, dtype, device)
-        decoder.config.is_causal = how.pop("is_causal")  # False is step 1 of the method, entire
+        decoder.config.is_causal = options.pop("is_causal")  # False is step 1 of the method, entire
+        model = cls(decoder, tokenizer, **options).to(device).eval()
+        if (folder / EXTRA).exists():  # of an exported encoder: the modules beside its decoder
+            for parameter, weight in read_extra(folder / EXTRA, model).values():
+                parameter.data.copy_(weight)
         for adapter in adapters:
-            from lora import load_adapter, merge_lora  # adapters are the next file to read
-
-            load_adapter(decoder, adapter)
-            merge_lora(decoder)
-        return cls(decoder, tokenizer, **how)
+            load_adapter(model, adapter)
+            merge_lora(model)
+        return model
 
     def rows(
         self, texts: Sequence[str], instruction: str | None = None, max_length: int | None = None
@@ -806,9 +697,9 @@ class LLM2Vec:
         """
         rows = self.rows([texts] if isinstance(texts, str) else texts, instruction)
         vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
-        self.decoder.train(False)
+        self.eval()
         done, lengths = 0, [len(ids) for ids, _ in rows]
-        for batch in batches_by_length(lengths, max_tokens, least_tokens(self.decoder)):
+        for batch in batches_by_length(lengths, max_tokens, min_batch_tokens(self.decoder)):
             made = self.embed([rows[i] for i in batch])
             vectors[batch] = (F.normalize(made, dim=-1) if normalize else made).cpu().numpy()
             done += len(batch)
@@ -822,8 +713,6 @@ class LLM2Vec:
 
         The words are read in their sentence, with a space between them (the paper's section 3.1).
         """
-        from data.benchmarks import word_states
-
         return word_states(self, [words])[0].numpy()
 
     def save(self, folder: str | Path) -> None:
@@ -831,9 +720,34 @@ class LLM2Vec:
 
         Raises ValueError if adapters are not merged, or if the folder holds something else.
         """
-        from data.export import save_encoder
-
         save_encoder(self, Path(folder))
+
+
+@torch.no_grad()
+def word_states(encoder: LLM2Vec, sentences: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    """States of all words, (words, d) float32: at a word's tokens, and one token before each.
+
+    A word's vector averages those of its tokens. The state before a token is where the model
+    predicts it; the first token of a row has none before, and gives its own.
+    """
+    decoder = encoder.decoder.eval()
+    encodings = encoder.tokenizer.encode_batch([" ".join(words) for words in sentences])
+    firsts = np.cumsum([0] + [len(words) for words in sentences])
+    total = torch.zeros(firsts[-1], 2, decoder.config.hidden_size)
+    count = torch.zeros(firsts[-1], 1, 1)
+    for batch in batches_by_length([len(e.ids) for e in encodings], 8192):
+        ids = pad([encodings[i].ids for i in batch], decoder.device)
+        segments = pad([[1] * len(encodings[i].ids) for i in batch], decoder.device)
+        for row, i in zip(decoder(ids, segments).float().cpu(), batch, strict=True):
+            # The word that a token is in, by where it ends; a space goes with the word behind it.
+            inside = np.repeat(np.arange(len(sentences[i])), [len(w) + 1 for w in sentences[i]])
+            # Special tokens are nowhere in the text: they end where they start.
+            ends = {t: end for t, (start, end) in enumerate(encodings[i].offsets) if end > start}
+            word = torch.from_numpy(firsts[i] + inside[list(ends.values())])
+            t = torch.tensor(list(ends))
+            total.index_add_(0, word, torch.stack([row[t], row[(t - 1).clamp_min(0)]], dim=1))
+            count.index_add_(0, word, torch.ones(len(t), 1, 1))
+    return (total / count.clamp_min(1)).unbind(1)
 
 
 # --- Batches, and what the hardware can do -----------------------------------------------------
@@ -857,7 +771,7 @@ def batches_by_length(
         order = order[n:]
 
 
-def least_tokens(decoder: Decoder) -> int:
+def min_batch_tokens(decoder: Decoder) -> int:
     """Tokens of a pass, fewer of which would take as long.
 
     With fewer, a GPU waits for some hundred kernels of each layer to be launched, not for the
@@ -912,6 +826,8 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
     add("--model", help="checkpoint folder, or a name on the Hugging Face hub", **how)
     add("--adapters", nargs="*", default=[], help="adapters to merge first, in order: the same")
     add("--template", choices=TEMPLATES, help="what stands around a text, for an instruct model")
+    text = "between an instruction and a text (default: as the folder says, else a line break)"
+    add("--separator", help=text)
     add("--dtype", choices=("float32", "bfloat16"), help="type of the weights")
     add("--device", choices=("cuda", "mps", "cpu"), help="(default: the first that is there)")
     text = "fuse the layers by torch.compile: it takes a minute, and pays on a GPU"
@@ -921,7 +837,7 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
 def load(args: argparse.Namespace, **how) -> LLM2Vec:
     """The model that the flags name; `how` goes before them."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    given = {"adapters": args.adapters, "template": args.template, "device": args.device}
+    given = {name: getattr(args, name) for name in ("adapters", "template", "device", "separator")}
     model = LLM2Vec.from_pretrained(args.model, **given | {"dtype": dtype} | how)
     if args.compile:
         compile_layers(model.decoder)
@@ -942,21 +858,16 @@ def main() -> None:
         add_model_flags(command, required=True)
         add = command.add_argument
         add("--instruction", help="read in front of each text, not averaged")
-        add("--separator", help="between the two (default: as the folder says, else a line break)")
         add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
         add("--max-length", type=int, metavar="N", help="tokens that are read of a text, at most")
     args = parser.parse_args()
     if args.command == "similar" and not args.texts:  # --adapters has taken them
-        from data.checkpoints import known
-
-        n = next((i for i, name in enumerate(args.adapters) if i and not known(name)), None)
+        names = enumerate(args.adapters)
+        n = next((i for i, name in names if i and not is_folder_or_hub_name(name)), None)
         if n is None:
             similar.error("no sentences: give two or more, each in quotation marks")
         args.adapters, args.texts = args.adapters[:n], args.adapters[n:]
-    how = {"pooling": args.pooling, "max_length": args.max_length, "separator": args.separator}
-    model = load(args, **how)
-    from data.files import count_cut, encode_file, tell_cut
-
+    model = load(args, pooling=args.pooling, max_length=args.max_length)
     if args.command == "encode":
         encode_file(model, args.input, args.output, args.instruction, args.normalize)
         return
@@ -966,19 +877,20 @@ def main() -> None:
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
 
 
-def run(main: Callable[[], None]) -> None:
+def cli(main: Callable[[], None]) -> None:
     """Run a command line: a foreseen error is one line and exit status 2, Ctrl-C exits with 130."""
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        said = str(error)
-        if isinstance(error, MemoryError) or "memory" in said:
-            said = f"out of memory; lower --max-tokens where there is one: {said}"
+        message = str(error)
+        of_memory = "out of memory" in message or "can't allocate memory" in message
+        if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and of_memory:
+            message = f"out of memory; lower --max-tokens where there is one: {message}"
         elif type(error).__module__.startswith("torch._dynamo"):
-            said = "--compile: " + said.partition("\n\n")[0]  # there is no C++ compiler
+            message = "--compile: " + message.partition("\n\n")[0]  # there is no C++ compiler
         elif isinstance(error, RuntimeError):
             raise
-        print("error:", " ".join(said.split()), file=sys.stderr)
+        print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -986,4 +898,4 @@ def run(main: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -8,10 +8,7 @@ bfloat16; they are multiplied in the type of W, as mixed precision does.
 """
 
 import functools
-import json
 import math
-import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +19,16 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from llm2vec import PREFIX, UNUSED, checked, read_json, reading, tell_unused
+from llm2vec_data.checkpoints import (
+    ADAPTER,
+    EXTRA,
+    check_tensor,
+    find_adapter,
+    matched,
+    read_adapter_config,
+    read_pairs_of_matrices,
+)
+from llm2vec_data.disk import reading, write_json, write_whole
 
 PARTS = ("lora_A", "lora_B")  # what an adapter is made of, and what is written of it
 
@@ -44,23 +50,6 @@ class LoRALinear(nn.Linear):
         return self.scale * self.lora_B.weight @ self.lora_A.weight
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """torch's dropout; on a CPU four numbers share 64 random bits.
-
-    That takes an eighth off an MNTP step of SmolLM2 there, and a fifth off a SimCSE step.
-    """
-    if x.device.type != "cpu" or not training or p == 0 or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    return torch.where(kept(x, p), x, 0) / (1 - p)
-
-
-def kept(x: Tensor, p: float) -> Tensor:
-    """Booleans of the shape of x, each False with chance p to within 2^-16."""
-    n = x.numel()
-    bits = torch.empty(n // 4 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    return (bits.view(torch.int16)[:n] >= round(p * 2**16) - 2**15).view(x.shape)
-
-
 def adapt(module: nn.Linear, rank: int, scale: float, dropout: float) -> None:
     """Turn an nn.Linear into a LoRALinear. It changes class, not identity: weight and name stay."""
     module.__class__ = QLoRALinear if isinstance(module, NF4Linear) else LoRALinear
@@ -72,15 +61,26 @@ def adapt(module: nn.Linear, rank: int, scale: float, dropout: float) -> None:
     module.to(module.weight.device)  # drawn on the CPU: the same numbers on every device
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder of an encoder; a decoder is its own. Every function below takes either."""
+    return getattr(model, "decoder", model)
+
+
 def projections(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers inside `model.layers`, by name."""
-    modules = model.layers.named_modules()
+    """The linear layers inside `layers` of the decoder, by name."""
+    modules = decoder_of(model).layers.named_modules()
     return {f"layers.{name}": m for name, m in modules if isinstance(m, nn.Linear)}
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted projections of a model, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """The adapted projections of the decoder, by name."""
+    return {name: m for name, m in projections(model).items() if isinstance(m, LoRALinear)}
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains is what requires a gradient: the parameters by their names in an encoder."""
+    start = "" if decoder_of(model) is not model else "decoder."
+    return {start + name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def add_lora(
@@ -90,7 +90,7 @@ def add_lora(
     dropout: float = 0.05,
     targets: Sequence[str] | None = None,
 ) -> list[nn.Parameter]:
-    """Freeze a model and put fresh adapters on its projections.
+    """Freeze a decoder and put fresh adapters on its projections.
 
     Args:
         alpha: over rank, it is the scale; by default twice the rank.
@@ -109,7 +109,7 @@ def add_lora(
     for end in ends:
         if not any(name.endswith(end) for name in found):
             raise ValueError(f"target {end[1:]!r} is not the name of a projection in this model")
-    model.requires_grad_(False)
+    decoder_of(model).requires_grad_(False)
     for name, module in found.items():
         if name.endswith(tuple(ends)):
             adapt(module, rank, (2 * rank if alpha is None else alpha) / rank, dropout)
@@ -126,27 +126,42 @@ def merge_lora(model: nn.Module) -> None:
         raise ValueError("4-bit weights take no adapter: merge it into the weights as they were")
     for module in adapted(model).values():
         module.weight.copy_(module.weight.float() + module.delta())
+        decoder_of(model).name_or_path = None  # no checkpoint has these weights
+    remove_lora(model)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Take the adapters off: the model is as it was before `add_lora`, and frozen."""
+    for module in adapted(model).values():
         for part in (*PARTS, "scale", "dropout"):
             delattr(module, part)
-        module.__class__ = nn.Linear
-        model.name_or_path = None  # no checkpoint has these weights
+        module.__class__ = NF4Linear if isinstance(module, NF4Linear) else nn.Linear
 
 
 # --- Files, in PEFT's format -------------------------------------------------------------------
 # adapter_config.json holds the numbers, adapter_model.safetensors the matrices, whose names say
 # which projections are adapted. Published LLM2Vec adapters were made on the inner model
-# (base_model.model.layers...); PEFT on a causal-LM model writes one `model.` more.
+# (base_model.model.layers...); PEFT on a causal-LM model writes one `model.` more. What else was
+# trained (norms, a pooler, all weights) stands beside them in extra.safetensors, by name.
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write a model's adapters as PEFT would, on the inner model (transformers' AutoModel)."""
-    modules = adapted(model)
-    if not modules:
+    """Write what requires a gradient: adapters as PEFT would, and in extra.safetensors the rest.
+
+    The adapter is one of the inner model (transformers' AutoModel). Raises ValueError for a model
+    without adapters, unless it is an encoder, of which something else was trained.
+    """
+    modules, folder = adapted(model), Path(folder)
+    extra = {name: p for name, p in trained(model).items() if "lora_" not in name}
+    if not modules and (not extra or model is decoder_of(model)):
         raise ValueError("the model has no adapters to save")
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if extra:
+        write_whole(folder / EXTRA, save_bytes(contiguous(extra), {"format": "pt"}))
+    if not modules:
+        return
     state = {
-        f"base_model.model.{name}.{part}.weight": getattr(module, part).weight.detach().contiguous()
+        f"base_model.model.{name}.{part}.weight": getattr(module, part).weight
         for name, module in modules.items()
         for part in PARTS
     }
@@ -156,7 +171,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": model.name_or_path,  # None: other adapters are merged in
+        "base_model_name_or_path": decoder_of(model).name_or_path,  # None: others are merged in
         "r": ranks[first],
         "lora_alpha": alphas[first],
         "rank_pattern": {n: r for n, r in ranks.items() if r != ranks[first]},
@@ -166,46 +181,51 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    # The config comes last: a folder that has one is complete.
-    write_whole(folder / "adapter_model.safetensors", save_bytes(state, {"format": "pt"}))
-    write_whole(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(folder / ADAPTER[1], save_bytes(contiguous(state), {"format": "pt"}))
+    write_json(folder / ADAPTER[0], config)
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file under another name and rename it once it is complete and on the disk."""
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().contiguous() for name, weight in state.items()}
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
-    """Put an adapter that this project or PEFT saved onto a model, which it freezes.
+    """Put an adapter that this project or PEFT saved onto a model, whose decoder it freezes.
 
-    Honours rank_pattern, alpha_pattern and use_rslora as peft 0.21 does. What it has for the heads
-    of a model is left out, and standard error says so. Raises FileNotFoundError, or ValueError
-    naming the file and what can't be honoured or does not fit; the model is then as it was before.
+    Honours rank_pattern, alpha_pattern and use_rslora as peft 0.21 does; and extra.safetensors,
+    whose weights take the place of those of their names. What the adapter has for the heads of a
+    model is left out, and standard error says so. Raises FileNotFoundError, or ValueError naming
+    the file and what can't be honoured or does not fit; the model is then as it was before.
     """
-    from data.checkpoints import find_adapter  # a folder, or a name on the hub
-
     if adapted(model):
         raise ValueError("the model has adapters already: merge_lora first")
-    folder = find_adapter(path_or_name)
-    states = sorted(folder.glob("state-*.safetensors"))
-    if states and not (folder / "finished").exists():
-        return load_state(model, folder, states[-1])
-    file = folder / "adapter_model.safetensors"
-    config = read_adapter_config(folder / "adapter_config.json")
-    modules = dict(model.named_modules())
+    folder, pairs = find_adapter(path_or_name), {}
+    if (folder / ADAPTER[0]).exists():
+        config = read_adapter_config(folder / ADAPTER[0])
+        pairs = read_matrices(folder / ADAPTER[1], config, dict(decoder_of(model).named_modules()))
+    extra = read_extra(folder / EXTRA, model) if (folder / EXTRA).exists() else {}
+    if (folder / "log.jsonl").exists() and not (folder / "finished").exists():
+        print(f"{folder}: a run that is not finished, as of its newest state", file=sys.stderr)
+    decoder_of(model).requires_grad_(False)
+    for name, (module, pair) in pairs.items():
+        rank = pair["lora_A"].shape[0]
+        alpha = matched(config["alpha_pattern"], name, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        adapt(module, rank, scale, config.get("lora_dropout", 0.0))
+        for part in PARTS:
+            getattr(module, part).weight.copy_(pair[part])
+    for parameter, weight in extra.values():
+        parameter.copy_(weight)
+    if any(name.startswith("decoder.") for name in extra):
+        decoder_of(model).name_or_path = None  # no checkpoint has these weights
+
+
+def read_matrices(file: Path, config: dict, modules: dict[str, nn.Module]) -> dict[str, tuple]:
+    """The matrices in a file of PEFT: for the name of each projection, itself and its pair."""
+    found = {}
     with reading(file):
-        pairs = read_pairs(file)
-        for name, pair in pairs.items():
+        for name, pair in read_pairs_of_matrices(file).items():
             module = modules.get(name)
             if set(pair) != set(PARTS):
                 raise ValueError(f"{name} has {', '.join(sorted(pair))}, not lora_A and lora_B")
@@ -214,89 +234,44 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
             rank = matched(config["rank_pattern"], name, config["r"])
             shapes = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
             for part, shape in shapes.items():
-                pair[part] = checked(pair[part], f"{name}.{part}", shape, torch.float32)
-    model.requires_grad_(False)
-    for name, pair in pairs.items():
-        module, rank = modules[name], pair["lora_A"].shape[0]
-        alpha = matched(config["alpha_pattern"], name, config["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        adapt(module, rank, scale, config.get("lora_dropout", 0.0))
-        for part in PARTS:
-            getattr(module, part).weight.copy_(pair[part])
+                pair[part] = check_tensor(pair[part], f"{name}.{part}", shape, torch.float32)
+            found[name] = module, pair
+    return found
 
 
-def read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:
-    """The matrices in a file of PEFT: for the name of each projection, its lora_A and lora_B."""
-    pairs, unused = {}, []
-    for key, weight in load_file(file).items():
-        bare = PREFIX.sub("", key.replace(".default.", ".")).removesuffix(".weight")
-        name, _, part = bare.rpartition(".")
-        if bare.startswith("lm_head") or UNUSED.match(f"{bare}."):
-            unused.append(key)
-        elif bare.startswith("embed_tokens"):
-            what = "changes the embeddings, which have no adapter here"
-            raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
-        elif part in pairs.setdefault(name, {}):
-            raise ValueError(f"{name} is there twice, once as model.{name}")
-        else:
-            pairs[name][part] = weight
-    if not pairs:
-        raise ValueError("holds no adapter of the layers")
-    tell_unused(file, unused)
-    return pairs
-
-
-def load_state(model: nn.Module, folder: Path, state: Path) -> None:
-    """The adapter of a run of train.py that is not finished, as of its newest state."""
-    with reading(state):
-        s, tensors = read_json(folder / "settings.json"), load_file(state)
-        for i, p in enumerate(add_lora(model, s["rank"], s["alpha"], s["dropout"])):
-            p.data.copy_(tensors[f"{i}.weight"])
-    print(f"{state}: the adapter of a run that is not finished", file=sys.stderr)
-
-
-# What PEFT has and this file has not: it would change the numbers, so it is refused by name.
-UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "lora_bias")
-UNSUPPORTED += ("fan_in_fan_out", "layer_replication", "trainable_token_indices")
-STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights: change the base
-
-
-def read_adapter_config(file: Path) -> dict:
-    """adapter_config.json; refuses by name what this file can't honour."""
-    config = read_json(file)
+def read_extra(file: Path, model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """What was trained beside adapters: for each name, the model's parameter and its new value."""
+    start = "" if decoder_of(model) is not model else "decoder."
+    known, found = {start + name: p for name, p in model.named_parameters()}, {}
     with reading(file):
-        if config.get("peft_type") != "LORA":
-            raise ValueError("peft_type is not LORA")
-        unsupported = [key for key in UNSUPPORTED if config.get(key)]
-        if config.get("bias") not in (None, "none"):
-            unsupported.append("bias")
-        if str(config.get("init_lora_weights")).lower().startswith(STARTS):
-            unsupported.append("init_lora_weights")
-        saved = config.get("modules_to_save") or []
-        if not all(name == "lm_head" or UNUSED.match(f"{name}.") for name in saved):
-            unsupported.append("modules_to_save")
-        for key in unsupported:
-            raise ValueError(f"{key} is {config[key]!r}, which is not supported")
-        numbers = {key: config[key] for key in ("r", "lora_alpha")}
-        for field in ("rank_pattern", "alpha_pattern"):
-            patterns = config.get(field) or {}
-            numbers |= {f"{field} of {p}": value for p, value in patterns.items()}
-            config[field] = {re.compile(rf"(.*\.)?({p})$"): v for p, v in patterns.items()}
-        for key, value in numbers.items():
-            if type(value) not in (int, float) or not 0 < value < 1e15:
-                raise ValueError(f"{key} is {value!r}, expected a number above 0")
-        if not 0 <= config.get("lora_dropout", 0.0) < 1:
-            raise ValueError(f"lora_dropout is {config['lora_dropout']!r}, expected 0 to below 1")
-    return config
+        for name, weight in load_file(file).items():
+            if name not in known:
+                raise ValueError(f"{name} has no place in this {type(model).__name__}")
+            found[name] = (
+                known[name],
+                check_tensor(weight, name, known[name].shape, known[name].dtype),
+            )
+    return found
 
 
-def matched(patterns: dict[re.Pattern, float], name: str, default: float) -> float:
-    """The value of the first pattern that matches the end of a name, from a dot on, as in PEFT."""
-    names = (name, f"model.{name}")  # in the inner model, and in a causal LM
-    for pattern, value in patterns.items():
-        if any(map(pattern.match, names)):
-            return value
-    return default
+# --- Dropout on a CPU --------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """torch's dropout; on a CPU four numbers share 64 random bits.
+
+    That takes an eighth off an MNTP step of SmolLM2 there, and a fifth off a SimCSE step.
+    """
+    if x.device.type != "cpu" or not training or p == 0 or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    return torch.where(kept(x, p), x, 0) / (1 - p)
+
+
+def kept(x: Tensor, p: float) -> Tensor:
+    """Booleans of the shape of x, each False with chance p to within 2^-16."""
+    n = x.numel()
+    bits = torch.empty(n // 4 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    return (bits.view(torch.int16)[:n] >= round(p * 2**16) - 2**15).view(x.shape)
 
 
 # --- A 4-bit base ------------------------------------------------------------------------------
@@ -348,13 +323,13 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def quantize_nf4(model: nn.Module, device: str | torch.device = "cpu") -> None:
-    """Freeze a model, store the projections of its layers in 4 bits, and move it to a device.
+    """Freeze a decoder, store its projections in 4 bits, and move the model to a device.
 
     Raises ValueError for adapters that are not merged, or a projection that blocks of 64 don't fit.
     """
     if adapted(model):
         raise ValueError("the model has adapters: merge_lora first")
-    model.requires_grad_(False)
+    decoder_of(model).requires_grad_(False)
     table = nf4_table().to(device)
     between = (table[1:] + table[:-1]) / 2  # the code of a number: how many of these lie below it
     for name, module in projections(model).items():

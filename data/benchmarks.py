@@ -3,10 +3,9 @@
     python -m data.benchmarks --model MODEL [--adapters ...] [--baselines]
 
     sts               Spearman's rho of cosines against human judgements, by task
-    articles          Wikipedia: description to introduction; topics, by probe and by clusters
+    articles          Wikipedia: description to introduction, and topics
     words             a linear classifier on frozen word vectors: parts of speech, entities
     masked_accuracy   hidden tokens named rightly
-    baselines         the encoders that a trained one has to beat
     evaluate          all of these, as scores by name
 
 Nothing is chosen by looking at a test set: the probes' one free number, how strongly they are
@@ -17,7 +16,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import llm2vec
-from data.corpus import WIKIPEDIA, cut_into_blocks, lines_of, read_documents, split_documents
-from data.metrics import entity_f1, ndcg, recall, spearman, v_measure
-from llm2vec import POOLING, LLM2Vec, batches_by_length, load, mask_tokens, pad, pool
+from llm2vec import (
+    POOLING,
+    LLM2Vec,
+    add_model_flags,
+    cli,
+    load,
+    mask_tokens,
+    word_states,
+)
+from llm2vec_data.compare import baselines, table
+from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
+from llm2vec_data.disk import lines_of
+from llm2vec_data.metrics import entity_f1, ndcg, recall, spearman
 
 STS = Path(__file__).parent / "sts"
 STSB_DEV, STSB_TEST = STS / "stsb-dev.tsv", STS / "stsb-test.tsv"
@@ -141,7 +149,7 @@ def articles(
     Retrieval: the description of each held-out article (see `split_documents`) has to find its text
     among `candidates`, the rest of which are articles trained on: recall@1, recall@10, nDCG@10.
     Topics: the accuracy, on held-out articles, of a linear probe that was trained on the other
-    candidates; and the V-measure of k-means clusters, as many as there are topics, over all.
+    candidates.
     """
     records = read_articles(path)
     held_out = set(split_documents([record["text"] for record in records])[1])
@@ -166,7 +174,6 @@ def articles(
     train = (side[~test].to(device) for side in (x, y))
     guess = linear_probe(*train, x[test].to(device), len(kinds)).cpu()
     scores["topics"] = float((guess == y[test]).float().mean())
-    scores["clusters"] = v_measure(labels, k_means(x, len(kinds)).numpy())
     return scores
 
 
@@ -202,25 +209,6 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
     return train(x, y, weights[int(np.argmin(losses))])(x_test).argmax(1)
 
 
-def k_means(x: Tensor, k: int) -> Tensor:
-    """Cluster numbers (N,) of x (N, d): the tightest of ten k-means++ runs (Lloyd 1982)."""
-    generator, runs = torch.Generator().manual_seed(0), []
-    for _ in range(10):
-        centres = x[torch.randint(len(x), (1,), generator=generator)]
-        while len(centres) < k:  # far points are likely to become the next centre
-            far = torch.cdist(x, centres).amin(1).square() + 1e-12
-            centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=generator)]])
-        for _ in range(100):
-            distance, cluster = torch.cdist(x, centres).min(1)
-            belongs = F.one_hot(cluster, k).float()
-            means = belongs.T @ x / belongs.sum(0)[:, None].clamp_min(1)
-            if torch.equal(means, centres):
-                break
-            centres = means
-        runs.append((float(distance.square().sum()), cluster))
-    return min(runs, key=lambda run: run[0])[1]
-
-
 # --- Words -------------------------------------------------------------------------------------
 
 
@@ -245,33 +233,6 @@ def read_columns(path: str | Path) -> list[tuple[list[str], list[str]]]:
     if not sentences:
         raise ValueError(f"{path}: no sentence in it")
     return [([row[0] for row in words], [row[-1] for row in words]) for words in sentences]
-
-
-@torch.no_grad()
-def word_states(encoder: LLM2Vec, sentences: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-    """States of all words, (words, d) float32: at a word's tokens, and one token before each.
-
-    A word's vector averages those of its tokens. The state before a token is where the model
-    predicts it; the first token of a row has none before, and gives its own.
-    """
-    decoder = encoder.decoder.train(False)
-    encodings = encoder.tokenizer.encode_batch([" ".join(words) for words in sentences])
-    firsts = np.cumsum([0] + [len(words) for words in sentences])
-    total = torch.zeros(firsts[-1], 2, decoder.config.hidden_size)
-    count = torch.zeros(firsts[-1], 1, 1)
-    for batch in batches_by_length([len(e.ids) for e in encodings], 8192):
-        ids = pad([encodings[i].ids for i in batch], decoder.device)
-        segments = pad([[1] * len(encodings[i].ids) for i in batch], decoder.device)
-        for row, i in zip(decoder(ids, segments).float().cpu(), batch, strict=True):
-            # The word that a token is in, by where it ends; a space goes with the word behind it.
-            inside = np.repeat(np.arange(len(sentences[i])), [len(w) + 1 for w in sentences[i]])
-            # Special tokens are nowhere in the text: they end where they start.
-            ends = {t: end for t, (start, end) in enumerate(encodings[i].offsets) if end > start}
-            word = torch.from_numpy(firsts[i] + inside[list(ends.values())])
-            t = torch.tensor(list(ends))
-            total.index_add_(0, word, torch.stack([row[t], row[(t - 1).clamp_min(0)]], dim=1))
-            count.index_add_(0, word, torch.ones(len(t), 1, 1))
-    return (total / count.clamp_min(1)).unbind(1)
 
 
 def words(
@@ -310,74 +271,16 @@ def masked_accuracy(encoder: LLM2Vec, blocks: Tensor, mask_id: int) -> float:
 
     blocks: (N, T) token ids. A fifth of them, the same in every call, becomes mask_id.
     """
-    decoder, generator = encoder.decoder.train(False), torch.Generator().manual_seed(0)
+    decoder, generator = encoder.decoder.eval(), torch.Generator().manual_seed(0)
     V, right = decoder.config.vocab_size, 0
-    masked, chosen = mask_tokens(blocks, mask_id, V, 0.2, (1.0, 0.0), generator=generator)
+    masked, chosen = mask_tokens(
+        blocks, mask_id, V, rate=0.2, replace=(1.0, 0.0), generator=generator
+    )
     batches = (side.to(decoder.device).split(16) for side in (masked, blocks, chosen))
     for ids, answer, target in zip(*batches, strict=True):
         hidden = decoder(ids)[:, :-1][target[:, 1:]]
         right += int((decoder.logits(hidden).argmax(-1) == answer[target]).sum())
     return right / int(chosen.sum())
-
-
-# --- Baselines ---------------------------------------------------------------------------------
-
-
-class Echo(LLM2Vec):
-    """Each text twice, pooled over the second copy: a causal model has then read all of it.
-
-    Springer et al. 2024, arXiv 2402.15449.
-    """
-
-    def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        twice = []
-        for ids, own in rows:
-            again = ids[own.index(True) :]
-            twice.append((ids + again, [False] * len(ids) + [True] * len(again)))
-        return super().embed(twice)
-
-
-class PromptEOL(LLM2Vec):
-    """The last state of a prompt that asks for the text in one word; for pooling="last".
-
-    Jiang et al. 2023, arXiv 2307.16645. As in the authors' code, a text has no double quotes and
-    ends in a full stop, and of a long one the end is cut, not the prompt.
-    """
-
-    prompt = 'This sentence : "{}" means in one word:"'
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        room, asked = self.max_length - len(self.prompt), []  # a token has a character or more
-        for text, e in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True):
-            text = text[: max((end for _, end in e.offsets[:room]), default=0)]
-            text = text.replace('"', "'").removesuffix("?")
-            asked.append(self.prompt.format(text if text.endswith((".", "'")) else text + "."))
-        return super().encode(asked)
-
-    def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        behind = self.tokenizer.encode("a").special_tokens_mask[::-1].index(0)  # of a template
-        return super().embed([[side[: len(side) - behind] for side in row] for row in rows])
-
-
-class InputEmbeddings(LLM2Vec):
-    """The mean of the tokens' input embeddings: what is known without reading."""
-
-    def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        ids, own = (pad(side, self.decoder.device) for side in zip(*rows, strict=True))
-        return pool(self.decoder.embed_tokens(ids), "mean", own)
-
-
-def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
-    """The encoders that a causal model is without training, by name."""
-    for name, kind, pooling in (
-        ("input embeddings", InputEmbeddings, "mean"),
-        ("causal, mean", LLM2Vec, "mean"),
-        ("causal, weighted mean", LLM2Vec, "weighted_mean"),
-        ("causal, last token", LLM2Vec, "last"),
-        ("causal, echo", Echo, "mean"),
-        ("causal, PromptEOL", PromptEOL, "last"),
-    ):
-        yield name, kind(model.decoder, model.tokenizer, pooling, model.max_length)
 
 
 # --- All of them -------------------------------------------------------------------------------
@@ -422,36 +325,11 @@ def held_out_of(corpus: str | Path) -> list[str]:
     return held_out
 
 
-def over_seeds(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Scores of one seed as they are; of several their mean, and the range in two more rows."""
-    kinds = {"": np.mean, ", lowest": np.min, ", highest": np.max}
-    return {
-        name + kind: {key: float(of([run[key] for run in runs])) for key in runs[0]}
-        for name, runs in rows.items()
-        for kind, of in kinds.items()
-        if len(runs) > 1 or not kind
-    }
-
-
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of scores as a Markdown table, which is as readable in a terminal."""
-    columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
-    columns.sort(key="seconds".__eq__)  # last
-    widths = [max(map(len, rows)), *(max(6, len(column)) for column in columns)]
-    lines = [["", *columns], ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]]
-    for name, scores in rows.items():
-        digits = {column: 0 if column == "seconds" else 3 for column in columns}
-        cells = (f"{scores[c]:.{digits[c]}f}" if c in scores else "" for c in columns)
-        lines.append([name.ljust(widths[0]), *cells])
-    cells = ([f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
 def main() -> None:
     about = "Score a checkpoint on sentences, articles, words and masked tokens."
     parser = argparse.ArgumentParser(prog="python -m data.benchmarks", description=about)
     add = parser.add_argument
-    llm2vec.add_model_flags(parser, required=True)
+    add_model_flags(parser, required=True)
     add("--benchmarks", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="(default: all)")
     text = "score<TAB>a<TAB>b lines (default: STS12 without MSRvid, STS15 and STS-B test)"
     add("--sts", nargs="+", default=STS_FILES, metavar="FILE", help=text)
@@ -483,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    llm2vec.run(main)
+    cli(main)

@@ -1,25 +1,42 @@
-"""Checkpoints as people have them: folders and names on the hub, and what their config.json says.
+"""Checkpoints as people have them: where one is, and what its files say.
 
-Reading a checkpoint's weights is in llm2vec.py, for modules have the names of its tensors.
+    find_checkpoint    a folder or a name on the hub, or what is there instead
+    read_config        config.json as the fields of a decoder
+    weight_files       its safetensors, and how a tensor is checked
+    load_tokenizer     tokenizer.json, perhaps with a template around every text
+    encoder_options    how a folder is to be pooled, cut and attended
+
+Weights are loaded in llm2vec.py, whose modules have the names of a checkpoint's tensors.
 """
 
 import contextlib
+import json
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import Field
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 
-from llm2vec import Config, read_json, reading
+from llm2vec_data.disk import read_json, reading
+
+TINY = Path(__file__).parent / "tiny-llama"  # the bundled model
 
 # --- Where a checkpoint is ---------------------------------------------------------------------
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 CHECKPOINT = ["config.json", "tokenizer*", "model*.safetensors", "model.safetensors.index.json"]
 CHECKPOINT += ["modules.json", "*_Pooling/config.json", "sentence_bert_config.json"]
-CHECKPOINT += ["config_sentence_transformers.json"]
+EXTRA = "extra.safetensors"  # what is or was trained beside a decoder and its adapters, by name
+CHECKPOINT += ["config_sentence_transformers.json", EXTRA]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -30,7 +47,7 @@ def find_checkpoint(path_or_name: str | Path, *also: str) -> Path:
     are downloaded, into huggingface_hub's cache. Raises FileNotFoundError, which says what is
     there instead and how to make a checkpoint of it, or ValueError if the hub does not give it.
     """
-    folder, there = local(path_or_name, CHECKPOINT)
+    folder, there = locate(path_or_name, CHECKPOINT)
     if not there.intersection(WEIGHTS):
         raise FileNotFoundError(f"{path_or_name}: {instead_of_weights(path_or_name, there)}")
     for name in ("config.json", *also):
@@ -71,10 +88,10 @@ def converted(kind: str, path_or_name: str | Path, library: str = "transformers"
 
 
 def find_adapter(path_or_name: str | Path) -> Path:
-    """The folder of an adapter, or of a run that has none yet; as `find_checkpoint`."""
-    folder, there = local(path_or_name, ADAPTER)
-    if "settings.json" in there and any(name.startswith("state-") for name in there):
-        return folder
+    """The folder of an adapter, or of all that a run trained; as `find_checkpoint`."""
+    folder, there = locate(path_or_name, [*ADAPTER, EXTRA])
+    if EXTRA in there and not there.intersection((*ADAPTER, *WEIGHTS)):
+        return folder  # trained without adapters
     if "adapter_model.bin" in there and ADAPTER[1] not in there:
         line = converted("PeftModel", path_or_name, "peft")
         what = f"has .bin weights, which are not read, for they can run code; to convert: {line}"
@@ -87,19 +104,19 @@ def find_adapter(path_or_name: str | Path) -> Path:
     return folder
 
 
-def known(path_or_name: str | Path) -> bool:
+def is_folder_or_hub_name(path_or_name: str | Path) -> bool:
     """Whether this is a folder, or may be a name on the hub."""
     path = Path(path_or_name)
     may_be = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_name)) is not None
     return path.is_dir() or may_be and not path.parent.is_dir()
 
 
-def local(path_or_name: str | Path, patterns: list[str]) -> tuple[Path, set[str]]:
+def locate(path_or_name: str | Path, patterns: list[str]) -> tuple[Path, set[str]]:
     """A folder, or a snapshot from the hub with the files of these patterns; the names in it."""
     folder, name = Path(path_or_name), str(path_or_name)
     if folder.is_dir():
         return folder, set(os.listdir(folder))
-    if not known(name):
+    if not is_folder_or_hub_name(name):
         what = "no such folder; expected one with config.json in it, or a name on the hub"
         raise FileNotFoundError(f"{name}: {what}")
     with on_the_hub(f"{name}: no such folder, and it"):
@@ -128,17 +145,16 @@ def on_the_hub(what: str) -> Iterator[None]:
 
 # --- What config.json says ---------------------------------------------------------------------
 
-# The model types, and what transformers takes where their config.json is silent.
+# The model types: what transformers takes where their config.json is silent, and the features that
+# set a family apart, of which config.json says nothing.
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
-    # Biases on q, k and v.
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
-    # A norm on every head of q and k.
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
-    # Layers without rotary positions.
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "qkv_bias": True},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128, "qk_norm": True},
     "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
 }
+FEATURES = {"qkv_bias": False, "qk_norm": False}
 # What stands in config.json, and transformers does not read there for a family.
 UNREAD = {"llama": ["sliding_window"], "mistral": ["attention_bias", "mlp_bias"]}
 UNREAD |= {"qwen2": ["attention_bias", "mlp_bias"], "qwen3": ["mlp_bias"]}
@@ -147,13 +163,13 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 ROPE_SCALING = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3}
 
 
-def read_config(file: Path) -> Config:
-    """config.json as a Config.
+def read_config(file: Path, fields: Sequence[Field]) -> dict[str, object]:
+    """config.json as values for `fields`, those of the dataclass that is made from it.
 
     A key that is left out means transformers' default for the family; null means no window, a
-    key/value head for every head, and else the default of Config.
+    key/value head for every head, and else the field's default.
     """
-    raw = read_json(file)
+    raw, defaults = read_json(file), {f.name: f.default for f in fields}
 
     def expect(holds: bool, key: str, expected: str) -> None:
         if not holds:
@@ -163,10 +179,9 @@ def read_config(file: Path) -> Config:
         family = raw.get("model_type")
         expect(str(family) in FAMILIES, "model_type", " or ".join(FAMILIES))
         expect(raw.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'")
-        raw = FAMILIES[family] | raw
+        raw = FAMILIES[family] | {k: v for k, v in raw.items() if k not in FEATURES}
         unread = UNREAD.get(family, []) + ["no_rope_layers"] * (family != "smollm3")
-        given = {k: raw[k] for k in Config.__dataclass_fields__ if raw.get(k) is not None}
-        given = {k: v for k, v in given.items() if k not in unread}
+        given = {k: raw[k] for k in defaults if k not in unread and raw.get(k) is not None}
         layers, every = given["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
         if family == "smollm3":
             by_place = [int((i + 1) % every > 0) for i in range(layers)]
@@ -185,7 +200,7 @@ def read_config(file: Path) -> Config:
         expect(len(types) in (0, layers), "layer_types", "one for each layer")
         # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        longest = given.get("max_position_embeddings", Config.max_position_embeddings)
+        longest = given.get("max_position_embeddings", defaults["max_position_embeddings"])
         outside = {k: raw[k] for k in LLAMA3[3:] if k in raw}  # this one may stand outside
         rope = {LLAMA3[3]: longest} | rope | outside
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -205,14 +220,246 @@ def read_config(file: Path) -> Config:
         given |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
         heads = given["num_attention_heads"]
         given = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads} | given
-        for name, field in Config.__dataclass_fields__.items():
+        for field in fields:
+            name, value = field.name, given.get(field.name, field.default)
             if field.type is int or name == "sliding_window" and name in given:
-                value = given.get(name, field.default)
                 expect(type(value) is int and value > 0, name, "a positive whole number")
             elif field.type in (bool, float):
-                value = given.get(name, field.default)
                 expect(field.type(value) == value, name, f"a {field.type.__name__}")
         shared = heads % given["num_key_value_heads"] == 0
         expect(shared, "num_attention_heads", "a multiple of num_key_value_heads")
         expect(given["head_dim"] % 2 == 0, "head_dim", "an even number")
-        return Config(**given)
+        return given
+
+
+# --- Weights ----------------------------------------------------------------------------------
+# What can't be computed is refused by name, never ignored. Only JSON and safetensors are read.
+
+# What wrappers put in front of a tensor's name; and what an encoder has no use for: the heads of
+# classifiers and of reward models, and tables that are computed here.
+PREFIX = re.compile(r"^((module|_orig_mod|base_model\.model|model)\.)+")
+UNUSED = re.compile(r"(score|classifier|classification_head|v_head|value_head)\.|.*rotary_emb\.")
+
+
+# Types that are numbers by themselves; whole numbers and 8 bits mean a quantised checkpoint.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(weight: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of a file as `dtype`. Raises ValueError for one that can't be what it should be."""
+    if list(weight.shape) != list(shape):
+        raise ValueError(f"tensor {name} is {list(weight.shape)}, expected {list(shape)}")
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"tensor {name} has type {weight.dtype}")
+    weight = weight.to(dtype)
+    if not weight.isfinite().all():
+        raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}")
+    return weight
+
+
+def tell_unused(file: Path, names: list[str]) -> None:
+    """Say in one line which tensors were left out, as an encoder has no use for them."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"{file}: {names[0]}{more} left out, of no use to an encoder", file=sys.stderr)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The whole file, or else the shards that its index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    raw = read_json(index)
+    with reading(index):
+        names = sorted(set(raw["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name:  # a path could name any file of the machine
+                raise ValueError(f"{name!r} is not the name of a file in this folder")
+    return [folder / name for name in names]
+
+
+# --- What an adapter's files say ---------------------------------------------------------------
+
+# What PEFT has and lora.py has not: it would change the numbers, so it is refused by name.
+UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "lora_bias")
+UNSUPPORTED += ("fan_in_fan_out", "layer_replication", "trainable_token_indices")
+STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights: change the base
+
+
+def read_adapter_config(file: Path) -> dict:
+    """adapter_config.json; refuses by name what lora.py can't honour."""
+    config = read_json(file)
+    with reading(file):
+        if config.get("peft_type") != "LORA":
+            raise ValueError("peft_type is not LORA")
+        unsupported = [key for key in UNSUPPORTED if config.get(key)]
+        if config.get("bias") not in (None, "none"):
+            unsupported.append("bias")
+        if str(config.get("init_lora_weights")).lower().startswith(STARTS):
+            unsupported.append("init_lora_weights")
+        saved = config.get("modules_to_save") or []
+        if not all(name == "lm_head" or UNUSED.match(f"{name}.") for name in saved):
+            unsupported.append("modules_to_save")
+        for key in unsupported:
+            raise ValueError(f"{key} is {config[key]!r}, which is not supported")
+        numbers = {key: config[key] for key in ("r", "lora_alpha")}
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns = config.get(field) or {}
+            numbers |= {f"{field} of {p}": value for p, value in patterns.items()}
+            config[field] = {re.compile(rf"(.*\.)?({p})$"): v for p, v in patterns.items()}
+        for key, value in numbers.items():
+            if type(value) not in (int, float) or not 0 < value < 1e15:
+                raise ValueError(f"{key} is {value!r}, expected a number above 0")
+        if not 0 <= config.get("lora_dropout", 0.0) < 1:
+            raise ValueError(f"lora_dropout is {config['lora_dropout']!r}, expected 0 to below 1")
+    return config
+
+
+def matched(patterns: dict[re.Pattern, float], name: str, default: float) -> float:
+    """The value of the first pattern that matches the end of a name, from a dot on, as in PEFT."""
+    names = (name, f"model.{name}")  # in the inner model, and in a causal LM
+    for pattern, value in patterns.items():
+        if any(map(pattern.match, names)):
+            return value
+    return default
+
+
+def read_pairs_of_matrices(file: Path) -> dict[str, dict[str, Tensor]]:
+    """For the name of each projection in a file of PEFT, its lora_A and lora_B."""
+    pairs, unused = {}, []
+    for key, weight in load_file(file).items():
+        bare = PREFIX.sub("", key.replace(".default.", ".")).removesuffix(".weight")
+        name, _, part = bare.rpartition(".")
+        if bare.startswith("lm_head") or UNUSED.match(f"{bare}."):
+            unused.append(key)
+        elif bare.startswith("embed_tokens"):
+            what = "changes the embeddings, which have no adapter here"
+            raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
+        elif part in pairs.setdefault(name, {}):
+            raise ValueError(f"{name} is there twice, once as model.{name}")
+        else:
+            pairs[name][part] = weight
+    if not pairs:
+        raise ValueError("holds no adapter of the layers")
+    tell_unused(file, unused)
+    return pairs
+
+
+# --- Tokenizer --------------------------------------------------------------------------------
+
+# What stands around a text: the markers that the authors' encoder writes for the instruct models
+# that it was used with; or, for a tokenizer without BOS (SmolLM2, Qwen), the token that stood
+# before each document in pre-training. A causal model parks attention that it has no use for on its
+# first token (Xiao et al. 2023, arXiv 2309.17453), which should not be a word of the text.
+TEMPLATES = {
+    "endoftext": ("<|endoftext|>", ""),
+    "mistral": ("[INST]", "[/INST]"),  # Mistral-Instruct, Llama-2-chat
+    "llama-3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+}
+
+
+def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
+    """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text.
+
+    template: the name of one in TEMPLATES, whose markers are to stand around every text.
+    """
+    if template is not None and template not in TEMPLATES:
+        raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
+    file = Path(folder) / "tokenizer.json"
+    with reading(file):
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode("a")  # some faults show only in use
+        if template is not None:
+            add_template(tokenizer, *TEMPLATES[template])
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def add_template(tokenizer: Tokenizer, opening: str, closing: str) -> None:
+    """Put markers around every text, however long: they are never cut, and saved with the rest."""
+    if "[OPEN]" in tokenizer.to_str():
+        raise ValueError("has a chat template already")
+    for marker in re.findall(r"<\|\w+\|>", opening + closing):
+        if tokenizer.token_to_id(marker) is None:
+            raise ValueError(f"has no token {marker}, as the template needs")
+    front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
+    back = tokenizer.encode(closing, add_special_tokens=False)
+    tokenizer.post_processor = TemplateProcessing(
+        single="[OPEN] $A [CLOSE]",
+        special_tokens=[
+            {"id": "[OPEN]", "ids": front.ids, "tokens": front.tokens},
+            {"id": "[CLOSE]", "ids": back.ids, "tokens": back.tokens},
+        ],
+    )
+
+
+# --- How a folder is to be used ---------------------------------------------------------------
+
+SENTENCE_BERT, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
+PROMPTS = "config_sentence_transformers.json"
+NOTHING = "\u2063"  # a character that an exported tokenizer drops
+# Our names of pooling rules, and sentence-transformers'.
+POOLING_MODES = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens"}
+POOLING_MODES |= {"last": "lasttoken", "first": "cls_token"}
+# What stands around the short name of a pooling mode before sentence-transformers 6.
+MODE = re.compile("^pooling_mode_|_tokens?$")
+
+
+def encoder_options(folder: Path, adapters: Sequence[Path] = ()) -> dict[str, object]:
+    """How a folder is to be pooled, cut and attended: the arguments of LLM2Vec, and `is_causal`.
+
+    config.json says so under `llm2vec`, where `save_encoder` writes it. The files of
+    sentence-transformers go before that; a folder that has them is causal unless config.json says
+    otherwise. A folder without either is a language model, of which the paper's encoder is made.
+    Between an instruction and a text, the authors' models and adapters have a space. Raises
+    ValueError for a module of sentence-transformers that would change the vectors.
+    """
+
+    def read(name: str) -> dict:
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    config, modules = read("config.json"), folder / "modules.json"
+    options = {"pooling": "mean", "max_length": 512}
+    configs = [read_json(a / ADAPTER[0]) for a in adapters if (a / ADAPTER[0]).exists()]
+    if any(map(by_the_authors, [config, *configs])):
+        options["separator"] = " "
+    options |= config.get("llm2vec") or {}
+    is_encoder = "llm2vec" in config or modules.exists()
+    options["is_causal"] = config.get("is_causal", True) if is_encoder else False
+    if not modules.exists():
+        return options
+    with reading(modules):
+        for module in json.loads(modules.read_text(encoding="utf-8")):
+            if (folder / EXTRA).exists():  # its modules are ours
+                break
+            kind = module["type"].rpartition(".")[2]
+            if kind not in ("Transformer", "WordWeights", "Pooling", "Normalize"):
+                what = "without modules.json, this is a checkpoint like any other"
+                raise ValueError(f"has a module {kind}, which is not supported; {what}")
+            if kind == "Pooling":
+                pooling = read_json(folder / module["path"] / "config.json")
+                options["include_prompt"] = pooling.get("include_prompt", True)
+                modes = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v]
+                names = {MODE.sub("", theirs): ours for ours, theirs in POOLING_MODES.items()}
+                mode = "+".join(MODE.sub("", k) for k in modes) or pooling["pooling_mode"]
+                options["pooling"] = names.get(mode, mode)  # LLM2Vec refuses an unknown one
+    lengths = (config.get("max_position_embeddings"), read(TOKENIZER).get("model_max_length"))
+    shorter = min(int(length) for length in (*lengths, 1e30) if length)
+    options["max_length"] = read(SENTENCE_BERT).get("max_seq_length") or shorter
+    more = read(PROMPTS)
+    prompts = {name: text.replace(NOTHING, "") for name, text in more.get("prompts", {}).items()}
+    options["prompts"] = {name: text for name, text in prompts.items() if text}
+    if default := prompts.get(more.get("default_prompt_name")):
+        what = f"its default prompt {default!r} is not read in front of texts"
+        print(f"{folder}: {what}; as an instruction, it is", file=sys.stderr)
+    return options
+
+
+def by_the_authors(config: dict) -> bool:
+    """Whether a model's or an adapter's config names a class of the authors' package."""
+    parent = (config.get("auto_mapping") or {}).get("parent_library") or ""
+    names = map(str, config.get("architectures") or ())
+    ends = ("EncoderModel", "BiModel", "BiForMNTP")
+    return parent.startswith("llm2vec.") or any(name.endswith(ends) for name in names)

@@ -1,18 +1,17 @@
 """Text to train on: reading it, splitting it, and cutting it into sentences and blocks."""
 
-import gzip
 import hashlib
 import json
 import re
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llm2vec import reading
+from llm2vec_data.disk import kind_of, lines_of, reading
 
 WIKIPEDIA = Path(__file__).parent / "wikipedia.jsonl"
 
@@ -46,24 +45,6 @@ def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
         what = "no text in its .txt and .jsonl files" if path.is_dir() else "there is no text in it"
         raise ValueError(f"{path}: an empty corpus, {what}")
     return documents
-
-
-def kind_of(file: str | Path) -> str:
-    """The suffix of a file, before .gz."""
-    return Path(str(file).removesuffix(".gz")).suffix
-
-
-def lines_of(file: str | Path) -> Iterator[bytes]:
-    """The lines of a file; of a .gz file, of what it holds. `-` is standard input.
-
-    What goes wrong while it is read is a ValueError that names the file, UTF-16 for one.
-    """
-    opener = gzip.open if str(file).endswith(".gz") else open
-    with reading(file), sys.stdin.buffer if str(file) == "-" else opener(file, "rb") as lines:
-        start = lines.peek(2)
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0" in start:
-            raise ValueError("is UTF-16, as PowerShell and Notepad write it: save it as UTF-8")
-        yield from lines
 
 
 def read_record(line: bytes, file: str | Path, number: int) -> dict:

@@ -24,11 +24,9 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from data.checkpoints import on_the_hub  # noqa: E402
-from data.gguf import gguf_to_checkpoint  # noqa: E402
-from llm2vec import reading, run  # noqa: E402
+from llm2vec import reading, run
+from llm2vec_data.checkpoints import on_the_hub
+from llm2vec_data.gguf import gguf_to_checkpoint
 
 MODELS = Path(__file__).parent / "models"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

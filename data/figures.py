@@ -24,9 +24,9 @@ import torch.nn.functional as F
 
 import llm2vec
 import lora
-from data.benchmarks import held_out_of, mask_id_of
-from data.corpus import WIKIPEDIA, sentences
 from llm2vec import LLM2Vec, pad, tokenize
+from llm2vec_data.benchmarks import held_out_of, mask_id_of
+from llm2vec_data.corpus import WIKIPEDIA, sentences
 
 HERE = Path(__file__).parent
 # What the picture of the method reads: each word is one token of the tiny model.

@@ -7,15 +7,11 @@ retrieval is scored, are in none of the three places; nor is a description that 
 
 import json
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from data.benchmarks import read_articles
-from data.corpus import WIKIPEDIA, sentences, split_documents
-from data.pairs import PAIRS
+from llm2vec_data.benchmarks import read_articles
+from llm2vec_data.corpus import WIKIPEDIA, sentences, split_documents
+from llm2vec_data.pairs import PAIRS
 
 
 def make_pairs(count: int = 3000, seed: int = 0) -> list[dict[str, str]]:

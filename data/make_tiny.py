@@ -15,7 +15,6 @@ trained on; benchmarks are never read.
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -24,12 +23,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents  # noqa: E402
-from data.export import new_folder  # noqa: E402
-from data.fetch import fetch  # noqa: E402
-from llm2vec import Config, Decoder  # noqa: E402
+from llm2vec import Config, Decoder
+from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
+from llm2vec_data.export import new_folder
+from llm2vec_data.fetch import fetch
 
 FOLDER = Path(__file__).parent / "tiny-llama"
 MERGES, LENGTH, BATCH, STEPS = 6000, 256, 16, 3600

@@ -50,24 +50,6 @@ def recall(relevance: np.ndarray, scores: np.ndarray, k: int) -> float:
     return float(((scores >= own).sum(1) <= k).mean())
 
 
-def v_measure(labels: Sequence, clusters: Sequence) -> float:
-    """Harmonic mean of homogeneity and completeness (Rosenberg & Hirschberg 2007). As sklearn's."""
-    (_, a), (_, b) = (np.unique(np.asarray(x), return_inverse=True) for x in (labels, clusters))
-    joint = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(joint, (a, b), 1 / len(a))
-
-    def entropy(p: np.ndarray) -> float:
-        p = p[p > 0]
-        return float(-(p * np.log(p)).sum())
-
-    if 1 in joint.shape:  # one side is constant, and says nothing
-        return float(joint.shape == (1, 1))
-    of_labels, of_clusters = entropy(joint.sum(1)), entropy(joint.sum(0))
-    mutual = of_labels + of_clusters - entropy(joint)
-    homogeneity, completeness = mutual / of_labels, mutual / of_clusters
-    return 2 * homogeneity * completeness / (homogeneity + completeness) if mutual > 0 else 0.0
-
-
 def entities(labels: Sequence[str]) -> set[tuple[int, int, str]]:
     """The spans (first, behind last, type) of a sentence's BIO labels, as CoNLL-2000 reads them.
 

@@ -4,8 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.corpus import lines_of
-from llm2vec import reading
+from llm2vec_data.disk import lines_of, reading
 
 PAIRS = Path(__file__).parent / "pairs" / "wikipedia.jsonl"
 

@@ -178,11 +178,11 @@ def reference(task: str, folder: str) -> Callable[[], object]:
 def llm2vec(task: str, folder: str) -> Callable[[], object]:
     """The authors' package, in an environment of its own."""
     import torch.distributed.tensor  # noqa: F401 (peft uses it without importing it)
-    from llm2vec.loss.HardNegativeNLLLoss import HardNegativeNLLLoss
-    from llm2vec.models import LlamaBiForMNTP
     from peft import LoraConfig, get_peft_model
 
     from llm2vec import LLM2Vec
+    from llm2vec.loss.HardNegativeNLLLoss import HardNegativeNLLLoss
+    from llm2vec.models import LlamaBiForMNTP
 
     texts, how = texts_of(task), {"torch_dtype": torch.float32, "attn_implementation": "sdpa"}
     if task in ENCODING:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import benchmarks
+from llm2vec_data import benchmarks
 
 
 class States(nn.Module):

@@ -24,7 +24,7 @@ import train  # noqa: E402, I001 (before torch: it chooses how torch allocates m
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from data.benchmarks import STSB_TEST, read_sts  # noqa: E402
+from llm2vec_data.benchmarks import STSB_TEST, read_sts  # noqa: E402
 from llm2vec import Config, Decoder, LLM2Vec, compile_layers, load_tokenizer, tokenize  # noqa: E402
 from lora import add_lora, quantize_nf4  # noqa: E402
 

@@ -54,9 +54,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-import data.export
+import llm2vec_data.export
 import lora
-from llm2vec import POOLING, Decoder, LLM2Vec, lead_of, load_tokenizer
+from llm2vec import POOLING, Decoder, LLM2Vec, load_tokenizer, prompt_prefix
 
 GOLDEN = Path(__file__).parent / "golden"
 INTEROP = GOLDEN / "interop"
@@ -132,7 +132,7 @@ def prompts(kind: str, scratch: Path) -> None:
     """The instruction that a folder was trained with is its prompt for queries."""
     for separator in ("\n", " "):
         model = LLM2Vec(our_decoder(), load_tokenizer(INTEROP / kind), separator=separator)
-        model.prompts["query"] = lead_of("find the query:", separator)
+        model.prompts["query"] = prompt_prefix("find the query:", separator)
         model.save(scratch / "exported")
         theirs = SentenceTransformer(str(scratch / "exported"), device="cpu")
         found = theirs.encode_query(TEXTS[:3], normalize_embeddings=True)
@@ -209,7 +209,7 @@ def transformers(scratch: Path) -> None:
 
 def shards(scratch: Path) -> None:
     """A checkpoint in shards keeps its type, and every bit."""
-    whole, data.export.SHARD = data.export.SHARD, 20_000
+    whole, llm2vec_data.export.SHARD = llm2vec_data.export.SHARD, 20_000
     for dtype in (torch.float32, torch.bfloat16):
         model, folder = LLM2Vec.from_pretrained(BASE, dtype=dtype), scratch / str(dtype)
         model.save(folder)
@@ -219,7 +219,7 @@ def shards(scratch: Path) -> None:
         count = len(list(folder.glob("model-*.safetensors")))
         assert count > 1 and (folder / "model.safetensors.index.json").is_file()
         check(f"AutoModel, bits of the weights in {count} shards", max(errors), 0, atol=0)
-    data.export.SHARD = whole
+    llm2vec_data.export.SHARD = whole
 
 
 # --- PEFT ----------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data.corpus import WIKIPEDIA, read_documents
 from llm2vec import LLM2Vec
+from llm2vec_data.corpus import WIKIPEDIA, read_documents
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import benchmarks as bench
-from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
-from data.metrics import entity_f1, ndcg, recall, spearman, v_measure
 from llm2vec import LLM2Vec, mask_tokens, pad, tokenize
+from llm2vec_data import benchmarks as bench
+from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
+from llm2vec_data.metrics import entity_f1, ndcg, recall, spearman, v_measure
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 import llm2vec
-from data.checkpoints import find_checkpoint
-from llm2vec import POOLING, Config, Decoder, LLM2Vec, lead_of, rotary_table, tokenize
+from llm2vec import POOLING, Config, Decoder, LLM2Vec, prompt_prefix, rotary_table, tokenize
+from llm2vec_data.checkpoints import find_checkpoint
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 
 pytest_plugins = ["local_hub"]
@@ -130,7 +130,10 @@ def test_the_separator_is_a_setting_and_a_space_for_the_authors_checkpoints(fold
     assert LLM2Vec.from_pretrained(authors).separator == " "
     LLM2Vec.from_pretrained(folder).save(authors / "LLM2Vec-mine")
     assert LLM2Vec.from_pretrained(authors / "LLM2Vec-mine").separator == "\n", "as it was saved"
-    assert lead_of("find: \n", "\n") == "find:\n" and lead_of(None) == lead_of("") == ""
+    assert (
+        prompt_prefix("find: \n", "\n") == "find:\n"
+        and prompt_prefix(None) == prompt_prefix("") == ""
+    )
 
 
 # --- What an encoder has no use for ------------------------------------------------------------

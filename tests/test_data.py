@@ -5,9 +5,15 @@ import gzip
 import pytest
 import torch
 
-from data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, sentences, split_documents
-from data.files import read_records
-from data.pairs import read_pairs
+from llm2vec_data.corpus import (
+    WIKIPEDIA,
+    cut_into_blocks,
+    read_documents,
+    sentences,
+    split_documents,
+)
+from llm2vec_data.encode import read_records
+from llm2vec_data.pairs import read_pairs
 
 
 def test_documents_of_both_kinds(tmp_path):

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import llm2vec
 import lora
 import train
-from data import benchmarks, export, figures
 from llm2vec import LLM2Vec
+from llm2vec_data import benchmarks, export, figures
 from lora import load_adapter, merge_lora, quantize_nf4
 
 AWAY = torch.device("lazy")  # a device that torch names and this build does not have

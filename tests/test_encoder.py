@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-import data.export
 import llm2vec
-from data.corpus import WIKIPEDIA, read_documents
-from data.files import encode_file
+import llm2vec_data.export
 from llm2vec import Decoder, LLM2Vec, load_tokenizer, tokenize
+from llm2vec_data.corpus import WIKIPEDIA, read_documents
+from llm2vec_data.encode import encode_file
 from lora import add_lora, merge_lora, save_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ def test_saving_never_replaces_a_folder_of_something_else(encoder, tmp_path):
 @pytest.mark.parametrize(
     "owner, name, countdown",
     [
-        (data.export, "save_file", 1),
+        (llm2vec_data.export, "save_file", 1),
         (Path, "write_text", 3),
         (os, "replace", 1),
         (os, "replace", 2),
@@ -283,7 +283,7 @@ def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, monkeypat
     for args, said in ((adapters, "no sentences"), ([str(tmp_path / "thre"), *texts], "thre: no")):
         monkeypatch.setattr(sys, "argv", [*start, "--adapters", *args])
         with pytest.raises(SystemExit) as end:
-            llm2vec.run(llm2vec.main)
+            llm2vec.cli(llm2vec.main)
         assert end.value.code == 2 and said in capsys.readouterr().err
 
 

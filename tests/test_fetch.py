@@ -14,10 +14,10 @@ import pytest
 from huggingface_hub import constants
 from test_gguf import FIELDS, gguf_file, small_llama
 
-from data import fetch
-from data.benchmarks import read_sts
-from data.corpus import read_documents
 from llm2vec import run
+from llm2vec_data import fetch
+from llm2vec_data.benchmarks import read_sts
+from llm2vec_data.corpus import read_documents
 
 pytest_plugins = ["local_hub"]
 MODEL = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": bytes(range(256)) * 99}

@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from data import figures
-from data.benchmarks import mask_id_of
-from data.figures import curves_svg, guesses, heat_map_svg, layer_cosines, read_log, view_cosines
 from llm2vec import LLM2Vec, attention_mask, mntp_loss
+from llm2vec_data import figures
+from llm2vec_data.benchmarks import mask_id_of
+from llm2vec_data.figures import (
+    curves_svg,
+    guesses,
+    heat_map_svg,
+    layer_cosines,
+    read_log,
+    view_cosines,
+)
 from lora import add_lora, save_adapter
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from data.gguf import dequantise, gguf_to_checkpoint, read_gguf
 from llm2vec import Decoder
+from llm2vec_data.gguf import dequantise, gguf_to_checkpoint, read_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.corpus import read_documents, sentences
-from data.files import encode_file, read_record
 from llm2vec import Decoder, LLM2Vec
+from llm2vec_data.corpus import read_documents, sentences
+from llm2vec_data.encode import encode_file, read_record
 from lora import load_adapter
 
 ROOT = Path(__file__).parent.parent

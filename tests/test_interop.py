@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data.export
+import llm2vec_data.export
 from llm2vec import Decoder, LLM2Vec, load_tokenizer
 from lora import load_adapter, merge_lora, save_adapter
 
@@ -140,7 +140,7 @@ def test_an_adapter_that_needs_another_base_is_refused(start, tmp_path):
 
 
 def test_shards_hold_every_weight_once_and_load_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.export, "SHARD", 20_000)
+    monkeypatch.setattr(llm2vec_data.export, "SHARD", 20_000)
     model, folder = encoder("prepend"), tmp_path / "exported"
     model.save(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())

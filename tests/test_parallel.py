@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 import llm2vec
 import train
-from data import files
-from data.corpus import WIKIPEDIA, read_documents
-from data.pairs import PAIRS, read_pairs
 from llm2vec import LLM2Vec
+from llm2vec_data import encode as files
+from llm2vec_data.corpus import WIKIPEDIA, read_documents
+from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
 
 ROOT = Path(__file__).parent.parent

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import train
-from data.benchmarks import read_articles
-from data.corpus import WIKIPEDIA, split_documents
-from data.make_pairs import make_pairs
-from data.pairs import PAIRS, read_pairs
 from llm2vec import LLM2Vec, contrastive_loss, tokenize
+from llm2vec_data.benchmarks import read_articles
+from llm2vec_data.corpus import WIKIPEDIA, split_documents
+from llm2vec_data.make_pairs import make_pairs
+from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"

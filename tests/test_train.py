@@ -18,10 +18,10 @@ from torch._dynamo.utils import counters
 import llm2vec
 import lora
 import train
-from data import benchmarks, figures
-from data.corpus import WIKIPEDIA, read_documents, sentences
-from data.pairs import PAIRS, read_pairs
 from llm2vec import LLM2Vec, contrastive_loss, tokenize
+from llm2vec_data import benchmarks, figures
+from llm2vec_data.corpus import WIKIPEDIA, read_documents, sentences
+from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES, Batches, Settings, Stage, Trained, contrast
 
 ROOT = Path(__file__).parent.parent
@@ -372,7 +372,7 @@ def command(monkeypatch, capsys, tmp_path) -> Callable:
         monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
         status = 0
         try:
-            llm2vec.run(main)
+            llm2vec.cli(main)
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()

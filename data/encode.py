@@ -1,9 +1,7 @@
 """A file of texts to a file of vectors, in memory that does not grow with the file."""
 
-import contextlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,20 +10,21 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.corpus import lines_of, read_record
-from llm2vec import LLM2Vec
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from llm2vec_data.corpus import read_record
+from llm2vec_data.disk import complete_file, lines_of
+from llm2vec_data.processes import RANK, WORLD_SIZE
 
 
 def encode_file(
-    model: LLM2Vec,
+    model,
     source: str,
     target: str,
     instruction: str | None = None,
     normalize: bool = False,
 ) -> int:
-    """Write the vectors of a file's texts; returns their number. Memory is that of 4,096 texts.
+    """Write the vectors that an encoder gives a file's texts; returns their number.
+
+    Memory is that of 4,096 texts.
 
     Standard error says how many texts are longer than the model's max_length, and are cut.
 
@@ -75,37 +74,20 @@ def encode_file(
     return done
 
 
-@contextlib.contextmanager
-def complete_file(target: str) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name once it is complete; `-` is standard output."""
-    if target == "-":
-        yield sys.stdout.buffer
-        return
-    part = Path(f"{target}.part")
-    try:
-        with part.open("wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_header(out: BinaryIO, model: LLM2Vec, number: int) -> None:
+def write_header(out: BinaryIO, model, number: int) -> None:
     """The header of a .npy file of vectors, in which numpy leaves room for a larger number."""
     shape = (number, model.decoder.config.hidden_size)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(out, header)
 
 
-def count_cut(model: LLM2Vec, texts: list[str], instruction: str | None) -> int:
+def count_cut(model, texts: list[str], instruction: str | None) -> int:
     """How many texts have more tokens than the model reads of one."""
     rows = model.rows(texts, instruction, max_length=2**31)
     return sum(len(ids) > model.max_length for ids, _ in rows)
 
 
-def tell_cut(model: LLM2Vec, cut: int, number: int) -> None:
+def tell_cut(model, cut: int, number: int) -> None:
     """Say on standard error how many of a number of texts are cut."""
     if cut:
         what = f"{cut} of {number} texts are cut at {model.max_length} tokens"
