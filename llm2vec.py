@@ -446,7 +446,7 @@ def positions(own: Tensor) -> Tensor:
     return torch.arange(1, own.shape[1] + 1, device=own.device) * own
 
 
-# Rules that make weights (B, T) from `own` (B, T), 1.0 for the tokens that count and 0.0 for others.
+# Rules that make weights (B, T) from `own` (B, T), 1 for the tokens that count and 0 for others.
 POOLING: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda own: own,  # what the paper found best
     "weighted_mean": positions,  # by place: SGPT, Muennighoff 2022

@@ -65,7 +65,7 @@ CODE = [llm2vec.__file__, lora.__file__, __file__]  # a run goes on with the sam
 def setting(
     about: str, default: Any, choices: Iterable[str] | None = None, same_result: bool = False
 ) -> Any:
-    """A field, with its flag's help and choices; same_result: a run may go on with another value."""
+    """A field, and what its flag says; same_result: a run may go on with another value."""
     more = {"help": about, "choices": choices, "same_result": same_result}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=more)

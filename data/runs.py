@@ -135,7 +135,7 @@ class RunFolder:
         return done
 
     def save(self, step: int, model, parameters: dict[str, nn.Parameter], optimizer) -> None:
-        """Write what is trained, and the moments, after `step` steps, in the place of older ones."""
+        """Write what is trained and its moments after `step` steps, in the place of older ones."""
         if RANK > 0:
             return
         tensors = {name: p.detach() for name, p in parameters.items()}

@@ -20,7 +20,7 @@ import llm2vec
 import lora
 import train
 from llm2vec import LLM2Vec
-from llm2vec_data import benchmarks, export, figures
+from llm2vec_data import benchmarks, compare, export, figures, runs
 from lora import load_adapter, merge_lora, quantize_nf4
 
 AWAY = torch.device("lazy")  # a device that torch names and this build does not have
@@ -94,7 +94,7 @@ def away(monkeypatch):
     monkeypatch.setattr(torch, "lazy", SimpleNamespace(_initialized=False), raising=False)
     adam = sys.modules["torch.optim.adam"]
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
-    for module in (export, lora, train):
+    for module in (export, lora, runs):
         for name in {"save_file", "save_bytes"} & set(vars(module)):
             save = getattr(module, name)
 
@@ -141,11 +141,11 @@ def test_a_far_tensor_is_told_from_a_near_one(away):
 def test_encoding_and_scoring(away):
     near_by, model = tiny("cpu"), tiny(AWAY)
     np.testing.assert_allclose(model.encode(TEXTS), near_by.encode(TEXTS), atol=1e-4)
-    for _, baseline in benchmarks.baselines(model):
+    for _, baseline in compare.baselines(model):
         assert np.isfinite(baseline.encode(TEXTS)).all()
     assert np.isfinite(figures.layer_cosines(model, TEXTS)).all()
     words = [["A", "man"], ["plays"]]
-    states = (benchmarks.word_states(m, words) for m in (model, near_by))
+    states = (llm2vec.word_states(m, words) for m in (model, near_by))
     for here, there in zip(*states, strict=True):
         torch.testing.assert_close(here, there, atol=1e-4, rtol=0)
     blocks = torch.tensor([model.tokenizer.encode(TEXTS[1]).ids])
@@ -162,9 +162,9 @@ def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, nf
     small = {"length": 16, "batch": 4, "steps": 3, "save_every": 1, "attention_dropout": 0.0}
     small |= {"max_tokens": 32, "recompute": 1} if nf4 else {}
     settings = replace(train.STAGES[stage].presets["tiny"], **small)
-    data = [PAIRS] if train.STAGES[stage].pairs else TEXTS
+    data = [PAIRS] if stage == "supervised" else TEXTS
 
-    def save_and_stop(*args, save=train.Run.save):
+    def save_and_stop(*args, save=train.RunFolder.save):
         save(*args)
         raise InterruptedError
 
@@ -172,7 +172,7 @@ def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, nf
     for device in ("cpu", AWAY):
         folder = tmp_path / str(device)
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(train.Run, "save", save_and_stop)
+            patch.setattr(train.RunFolder, "save", save_and_stop)
             train.STAGES[stage].run(tiny(device, nf4), data, settings, folder)
         train.STAGES[stage].run(tiny(device, nf4), data, settings, folder)
         lines = (folder / "log.jsonl").read_text().splitlines()

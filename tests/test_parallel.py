@@ -31,7 +31,7 @@ def go(folder: Path, stage: str, steps: int, max_tokens: int, batch: int) -> Non
     """A stage without dropout, whose random numbers differ with the number of processes."""
     model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
     del model.decoder.layers[2:]
-    data = read_pairs([PAIRS]) if STAGES[stage].pairs else read_documents(WIKIPEDIA)[:150]
+    data = read_pairs([PAIRS]) if stage == "supervised" else read_documents(WIKIPEDIA)[:150]
     how = {"steps": steps, "max_tokens": max_tokens, "batch": batch, "length": 24, "lr": 1e-4}
     how |= {"dropout": 0.0, "attention_dropout": 0.0, "save_every": 5}
     STAGES[stage].run(model, data, replace(STAGES[stage].presets["tiny"], **how), folder)

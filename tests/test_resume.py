@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import llm2vec
-import lora
 import train
 from llm2vec import LLM2Vec
+from llm2vec_data import runs
 from llm2vec_data.corpus import WIKIPEDIA, read_documents
 from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
@@ -50,7 +50,7 @@ def after(n: int, call: Callable, then: Callable = die) -> Callable:
 def go(stage: str, folder: Path, documents: list[str] = DOCUMENTS, **changes) -> LLM2Vec:
     model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
     del model.decoder.layers[2:]
-    data = SOME_PAIRS if STAGES[stage].pairs else documents
+    data = SOME_PAIRS if stage == "supervised" else documents
     settings = replace(STAGES[stage].presets["tiny"], **CHANGES | changes)
     STAGES[stage].run(model, data, settings, folder)
     return model
@@ -76,8 +76,8 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 MOMENTS = (  # and how often a run comes there; files are settings, log, states, tokenizer, adapter
     (train.Batches, "__getitem__", 7),
     (train, "learning_rate", 7),
-    (train, "save_bytes", 3),
-    (os, "replace", 9),
+    (runs, "save_bytes", 3),
+    (os, "replace", 15),
 )
 
 
@@ -92,7 +92,7 @@ def test_killed_runs_end_with_the_same_bits(stage, trials, whole, tmp_path, monk
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, name, after(n, getattr(owner, name)))
             go(stage, folder)
-        assert not (folder / "adapter_config.json").exists()
+        assert not (folder / "finished").exists()
         go(stage, folder)
         assert adapter(folder) == whole[stage], (name, n)
         assert steps(folder) == list(range(1, 8))
@@ -102,8 +102,8 @@ def test_killed_runs_end_with_the_same_bits(stage, trials, whole, tmp_path, monk
 def test_a_line_of_the_log_that_was_cut_off_is_passed_over(whole, tmp_path, monkeypatch):
     """And a state that is spoiled, which a kill or a full disk can't do, is named."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        # Behind the settings, the log and three states.
-        patch.setattr(lora, "write_whole", after(5, lora.write_whole))
+        # Behind the settings, the log and three states, each with its adapter.
+        patch.setattr(os, "replace", after(11, os.replace))
         go("mntp", tmp_path)
     (tmp_path / "log.jsonl").write_bytes((tmp_path / "log.jsonl").read_bytes()[:-9])
     [state] = tmp_path.glob("state-*")
@@ -116,9 +116,9 @@ def test_a_line_of_the_log_that_was_cut_off_is_passed_over(whole, tmp_path, monk
     assert adapter(tmp_path) == whole["mntp"] and steps(tmp_path) == list(range(1, 8))
 
 
-@pytest.mark.parametrize("writes", [0, 1, 3, 5, 7, 8])
+@pytest.mark.parametrize("writes", [0, 1, 2, 4, 8, 11, 13, 14])
 def test_a_full_disk_loses_nothing_that_was_there(writes, whole, tmp_path, monkeypatch):
-    """Of the settings, the log, three states, the tokenizer's two and the adapter's two files."""
+    """Of settings, log, three times state and adapter, the tokenizer's and the adapter's two."""
 
     def full(number):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -129,7 +129,7 @@ def test_a_full_disk_loses_nothing_that_was_there(writes, whole, tmp_path, monke
     assert not list(tmp_path.glob("*.part"))
     for file in tmp_path.glob("*.safetensors"):
         load_file(file)
-    assert not (tmp_path / "adapter_config.json").exists()
+    assert not (tmp_path / "finished").exists()
     go("mntp", tmp_path)
     assert adapter(tmp_path) == whole["mntp"]
 
@@ -141,7 +141,9 @@ def test_out_of_memory_names_the_flag_and_leaves_a_state(whole, tmp_path, monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "contrast", after(3, train.contrast, full))
+        patch.setattr(
+            train, "backward_through_encoder", after(3, train.backward_through_encoder, full)
+        )
         said = r"step 4: out of memory; lower --max-tokens \(64\) or --length \(16\): CUDA out"
         with pytest.raises(ValueError, match=said):
             go("simcse", tmp_path, recompute=2)
@@ -162,8 +164,8 @@ def test_out_of_memory_elsewhere_is_one_line_and_other_errors_are_not(capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before_it(
     tmp_path, monkeypatch
 ):
-    spoiled = after(5, train.contrast, lambda *_: (float("nan"), 1))
-    monkeypatch.setattr(train, "contrast", spoiled)
+    spoiled = after(5, train.backward_through_encoder, lambda *_: (float("nan"), 1))
+    monkeypatch.setattr(train, "backward_through_encoder", spoiled)
     with pytest.raises(ValueError, match="step 6: the loss is nan"):
         go("simcse", tmp_path)
     assert max(tmp_path.glob("state-*")).name == "state-00000005.safetensors"
@@ -188,7 +190,7 @@ def test_other_settings_data_or_code_are_refused_by_name(tmp_path, monkeypatch):
     """What changes memory alone, and not the result, may be another."""
     run, code = tmp_path / "run", ("llm2vec.py", "lora.py", "train.py")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(lora, "write_whole", after(5, lora.write_whole))
+        patch.setattr(os, "replace", after(11, os.replace))
         go("mntp", run)
     for changes, said in (
         ({"lr": 1e-4}, "lr was 0.002 and is 0.0001; --overwrite trains it anew"),
@@ -199,15 +201,27 @@ def test_other_settings_data_or_code_are_refused_by_name(tmp_path, monkeypatch):
             go("mntp", run, **changes)
     for changed in code:
         for name in code:
-            comment = "# changed\n" if name == changed else ""
-            (tmp_path / name).write_text((ROOT / name).read_text() + comment)
+            line = "\nchanged = True\n" if name == changed else "# a comment\n"
+            (tmp_path / name).write_text((ROOT / name).read_text() + line)
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="code was"):
-            patch.setattr(train, "__file__", str(tmp_path / "train.py"))
+            patch.setattr(train, "CODE", [tmp_path / name for name in code])
             go("mntp", run)
+    for name in code:
+        text = (ROOT / name).read_text().replace('"""', '"""Other words. ', 1)
+        (tmp_path / name).write_text(text + "# a comment\n")
+    monkeypatch.setattr(train, "CODE", [tmp_path / name for name in code])
     go("mntp", run, max_tokens=48, recompute=1)
     assert steps(run) == list(range(1, 8))
     with pytest.raises(ValueError, match="seed was 0"):  # a run that is finished, as well
         go("mntp", run, seed=3)
+
+
+def test_a_run_that_has_no_state_yet_may_begin_with_other_settings(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "learning_rate", die)
+        go("mntp", tmp_path, seed=3)
+    go("mntp", tmp_path)
+    assert adapter(tmp_path) == whole["mntp"] and steps(tmp_path) == list(range(1, 8))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -6,23 +6,23 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import llm2vec
 import lora
 import train
-from llm2vec import LLM2Vec, contrastive_loss, tokenize
+from llm2vec import LLM2Vec, contrastive_loss, pad, pool, tokenize
 from llm2vec_data import benchmarks, figures
 from llm2vec_data.corpus import WIKIPEDIA, read_documents, sentences
 from llm2vec_data.pairs import PAIRS, read_pairs
-from train import STAGES, Batches, Settings, Stage, Trained, contrast
+from train import STAGES, Batches, Settings, Stage, backward_through_encoder, kind_of
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -38,7 +38,7 @@ def tiny(layers: int = 6, adapters: tuple = ()) -> LLM2Vec:
 
 def go(stage: str, folder: Path, model: LLM2Vec | None = None, data=None, **changes) -> LLM2Vec:
     model = model or tiny()
-    data = data or (SOME_PAIRS if STAGES[stage].pairs else DOCUMENTS)
+    data = data or (DOCUMENTS if hasattr(QUICK[stage], "corpus") else SOME_PAIRS)
     STAGES[stage].run(model, data, replace(QUICK[stage], **changes), folder)
     return model
 
@@ -75,7 +75,8 @@ def test_a_stage_is_an_adapter_and_nothing_else(stage, tmp_path):
 
 
 def simcse_step(model: LLM2Vec, rows: list, max_tokens: int = 8192) -> float:
-    return contrast(model, 2 * rows, lambda v: contrastive_loss(*v.chunk(2)), max_tokens)[0]
+    loss_of = lambda v: contrastive_loss(*v.chunk(2))  # noqa: E731
+    return backward_through_encoder(model, 2 * rows, loss_of, max_tokens)[0]
 
 
 def adapted(dropout: float = 0.0, attention_dropout: float = 0.0) -> tuple[LLM2Vec, list]:
@@ -302,7 +303,7 @@ def test_the_best_step_on_a_development_file_is_kept(tmp_path, monkeypatch, caps
         go("simcse", tmp_path / "none", tiny(1), dev="nowhere.tsv")
 
 
-def test_an_adapter_of_a_run_that_is_not_finished_is_that_of_its_newest_state(
+def test_the_adapter_of_a_run_that_is_not_finished_is_that_of_its_newest_state(
     tmp_path, monkeypatch, capsys
 ):
     model, again, seen = tiny(2), tiny(2), []
@@ -314,8 +315,9 @@ def test_an_adapter_of_a_run_that_is_not_finished_is_that_of_its_newest_state(
     monkeypatch.setattr(train, "learning_rate", stop)
     with pytest.raises(ZeroDivisionError):
         go("mntp", tmp_path, model, steps=9, save_every=2)
+    assert list(weights(model)) == list(weights(again)), "its adapters are off again"
     lora.load_adapter(again.decoder, tmp_path)
-    assert "state-00000004.safetensors: the adapter of a run that is not" in capsys.readouterr().err
+    assert f"{tmp_path}: a run that is not finished" in capsys.readouterr().err
     torch.testing.assert_close(weights(again), seen[4], atol=0, rtol=0)  # after four steps
 
 
@@ -328,36 +330,75 @@ def test_sentences_are_counted_and_lines_may_be_texts(tmp_path, capsys):
     assert "2 texts, of " in capsys.readouterr().out
 
 
-def test_the_loop_trains_whatever_it_is_told_to(tmp_path, capsys):
-    """All weights instead of adapters: stopped, resumed, finished, and read back."""
-    all_weights = Trained(
-        lambda decoder, _: list(decoder.requires_grad_().parameters()),
-        lambda decoder, folder: save_file(decoder.state_dict(), folder / "all.safetensors"),
-        lambda decoder, folder: decoder.load_state_dict(load_file(folder / "all.safetensors")),
-        lambda decoder: decoder.requires_grad_(False),
-    )
-    made, settings = [], replace(QUICK["simcse"], lr=1e-4, save_every=1)
+class Pooled(LLM2Vec):
+    """The tokens weighed by a query that is learnt, beside norms that are."""
 
-    def run(folder: Path, steps: int = 9) -> None:
-        model, calls = tiny(layers=1), iter(range(steps))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.query = torch.nn.Linear(self.decoder.config.hidden_size, 1, bias=False)
+        torch.nn.init.zeros_(self.query.weight)
 
-        def backward(batch):
-            next(calls)
-            return simcse_step(model, tokenize(model.tokenizer, batch, 16)), 1
+    def embed(self, rows: list) -> torch.Tensor:
+        ids, own = (pad(side, self.decoder.device) for side in zip(*rows, strict=True))
+        hidden = self.decoder(ids, pad([[1] * len(ids) for ids, _ in rows], ids.device))
+        return pool(hidden, self.query(hidden)[..., 0].exp() * own)
 
-        train.fit(model, [DOCUMENTS], backward, settings, folder, trained=all_weights)
+
+@pytest.mark.parametrize("kind", ["pooler and norms", "all weights"])
+def test_whatever_requires_a_gradient_is_trained_saved_resumed_and_read_back(
+    kind, tmp_path, monkeypatch, capsys
+):
+    add_lora, made = lora.add_lora, []
+
+    def unfrozen(decoder, *args):
+        if kind == "all weights":
+            return list(decoder.requires_grad_().parameters())
+        parameters = add_lora(decoder, *args)
+        decoder.norm.requires_grad_()
+        return parameters
+
+    def load(folder: Path = TINY, adapters: tuple = ()) -> LLM2Vec:
+        return (LLM2Vec if kind == "all weights" else Pooled).from_pretrained(
+            folder, adapters, dtype=torch.float32
+        )
+
+    def run(folder: Path, steps: int = 9) -> LLM2Vec:
+        calls, model = iter(range(steps)), load()
+        with monkeypatch.context() as patch:
+            patch.setattr(lora, "add_lora", unfrozen)
+            patch.setattr(train, "learning_rate", lambda *_: next(calls) and 1e-4 or 1e-4)
+            go("simcse", folder, model, save_every=1)
         assert not any(p.requires_grad for p in model.decoder.parameters())
-        made.append(weights(model))
+        made.append(model.state_dict())
+        return model
 
-    run(tmp_path / "whole")
+    whole = run(tmp_path / "whole")
     with pytest.raises(StopIteration):
         run(tmp_path / "stopped", steps=2)
-    run(tmp_path / "stopped", steps=1)
+    run(tmp_path / "stopped")
     run(tmp_path / "stopped", steps=0)
     assert "stopped: finished before" in capsys.readouterr().out
-    for name, weight in weights(tiny(layers=1)).items():
-        assert all(torch.equal(other[name], made[0][name]) for other in made)
-        assert not torch.equal(made[0][name], weight)
+    made.append(load(adapters=(tmp_path / "whole",)).state_dict())
+    for name, weight in load().state_dict().items():
+        assert all(torch.equal(other[name], made[0][name]) for other in made), name
+        changed = kind == "all weights" or "_proj" in name or name in ("query.weight",)
+        assert torch.equal(made[0][name], weight) is not (changed or name == "decoder.norm.weight")
+    adapter = (tmp_path / "whole" / "adapter_config.json").exists()
+    assert adapter is (kind != "all weights")
+
+    texts = ["A man plays a guitar.", "Someone makes music."]
+    whole.save(tmp_path / "encoder")
+    again = load(tmp_path / "encoder")
+    assert (
+        again.decoder.config.is_causal is False
+        and (again.encode(texts) == whole.encode(texts)).all()
+    )
+    if kind == "pooler and norms":
+        for folder, adapters in ((tmp_path / "encoder", ()), (TINY, (tmp_path / "whole",))):
+            with pytest.raises(ValueError, match="query.weight has no place in this LLM2Vec"):
+                LLM2Vec.from_pretrained(folder, adapters)
+        [module] = json.loads((tmp_path / "encoder" / "modules.json").read_text())
+        assert "query" in module["type"], "sentence-transformers has no such module, and says so"
 
 
 # --- The commands ------------------------------------------------------------------------------
@@ -436,14 +477,16 @@ def test_controls_and_seeds_are_trained_as_they_are_called(monkeypatch, command)
         alive.append(weakref.ref(model.decoder))
         return model
 
-    def seen(model, _, settings, folder):
+    def seen(model, datasets, backward, settings, folder):
         folder.mkdir(parents=True)
         (folder / "log.jsonl").write_text(json.dumps({"seconds": settings.seed}) + "\n")
         trained[str(folder)] = model.decoder.config.is_causal, settings.pooling, settings.seed
 
     monkeypatch.setattr(LLM2Vec, "from_pretrained", load_alone)
     for name in ("mntp", "simcse"):
-        monkeypatch.setitem(STAGES, name, STAGES[name]._replace(run=seen))
+        task = lambda *_: ([], None)  # noqa: E731
+        monkeypatch.setitem(STAGES, name, STAGES[name]._replace(task=task))
+    monkeypatch.setattr(train, "fit", seen)
     monkeypatch.setattr(benchmarks, "evaluate", lambda *_: {"STS": 0.5})
     status, out, errors = command(*SMALL[:6], "--compare", "--seeds", 5, 8, "--output", "run")
     assert status == 0, errors
@@ -474,18 +517,32 @@ def test_a_causal_run_is_not_taken_for_one_that_looks_both_ways(tmp_path):
 def test_a_new_entry_among_the_stages_is_a_command(monkeypatch, command):
     """One function and one entry: flags, help, a run folder and an encoder come with it."""
 
-    def whole_documents(model, documents, settings, folder):
-        def backward(batch):
+    @dataclass
+    class Mine(Settings):
+        texts: list[str] = train.setting("what to learn from", [])
+        twice: bool = train.setting("whether texts are said twice", False)
+        dims: list[int] = train.setting("numbers", [8, 4])
+
+    def texts_in_turns(model, texts, settings):
+        def backward(batch, step):
+            seen.append((step, batch, settings.dims))
             return simcse_step(model, tokenize(model.tokenizer, batch, settings.length)), 1
 
-        train.fit(model, [documents], backward, settings, folder)
+        return [texts], backward
 
-    mine = Stage(whole_documents, "A stage of mine.", {"tiny": Settings(batch=4, length=16)})
+    presets, seen = {"tiny": Mine(batch=4, length=16)}, []
+    mine = Stage(texts_in_turns, "A stage of mine.", lambda s: s.texts * (1 + s.twice), presets)
     monkeypatch.setitem(STAGES, "mine", mine)
     assert "A stage of mine." in command("--help")[1]
-    status, _, errors = command("mine", *SMALL, "--output", "run")
+    flags = ["--texts", "a b", "c d", "--twice", "--dims", 2, 1, "--output", "run"]
+    status, _, errors = command("mine", *SMALL, *flags)
     assert status == 0, errors
+    assert [(step, sorted(batch)) for step, batch, _ in seen] == [
+        (step, ["a b", "a b", "c d", "c d"]) for step in (0, 1)
+    ]
+    assert seen[0][2] == [2, 1]
     assert len(log_of(Path("run"))) == 2 and Path("run/encoder/config.json").exists()
+    monkeypatch.setitem(presets, "tiny", replace(presets["tiny"], texts=["e f", "g h"]))
     monkeypatch.setattr(benchmarks, "evaluate", lambda *_, **__: {"STS": 0.5})
     args = ["--stages", "mine", "mntp", "--steps", 1, "--dtype", "float32", "--output", "all"]
     status, out, errors = command(*args)
@@ -495,33 +552,36 @@ def test_a_new_entry_among_the_stages_is_a_command(monkeypatch, command):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_of_a_stage_is_a_flag_with_the_presets_in_its_help(stage, command):
-    values = {f.name: 3 if f.type in (int, int | None) else 0.25 for f in fields(Settings)}
-    values |= {"pooling": "last", "mask_token": "x", "split": "line", "dev": "d.tsv"}
-    flags = {n: ["--" + n.replace("_", "-"), str(value)] for n, value in values.items()}
-    start = [stage, "--model", "m", "--output", "o"]
-    others = {"mntp": ("scale", "pooling", "split", "dev")}
-    others["simcse"] = ("mask_rate", "mask_token")
-    for name in others.get(stage, ("mask_rate", "mask_token", "split")):
-        assert command(*start, *flags.pop(name))[0] == 2, "of other stages"
-    args = train.parser().parse_args([*start, *sum(flags.values(), [])])
+    presets = STAGES[stage].presets
+    start, values, flags = [stage, "--model", "m", "--output", "o"], {}, []
+    for f in fields(next(iter(presets.values()))):
+        value = {bool: True, int: 3, float: 0.25, str: "x"}[kind_of(f)]
+        value = list(f.metadata["choices"])[-1] if f.metadata["choices"] else value
+        flags += ["--" + f.name.replace("_", "-"), *([] if value is True else [str(value)])]
+        values[f.name] = [value] if isinstance(getattr(presets["paper"], f.name), list) else value
+    args = train.parser().parse_args([*start, *flags])
     with pytest.raises(ValueError, match="--steps and --epochs: give one of them"):
         train.settings_of(stage, args)
     args.epochs, values["epochs"] = None, None
-    expected = replace(STAGES[stage].presets["paper"], **{name: values[name] for name in flags})
-    assert train.settings_of(stage, args) == expected
-    said = " ".join(command(stage, "--help")[1].split())
-    assert all(f" {flag} " in said for flag, _ in flags.values())
+    assert train.settings_of(stage, args) == replace(presets["paper"], **values)
+    help = " ".join(command(stage, "--help")[1].split())
+    assert all(f" {flag} " in help for flag in flags if flag.startswith("--"))
     args.preset = "mine"
-    with pytest.raises(ValueError, match=f"--preset mine: {stage} has paper, tiny, laptop"):
+    with pytest.raises(ValueError, match=f"--preset mine: {stage} has {', '.join(presets)}"):
         train.settings_of(stage, args)
-    for preset, settings in STAGES[stage].presets.items():
+    for preset, settings in presets.items():
         args = train.parser().parse_args([*start, "--preset", preset])
         assert train.settings_of(stage, args) == settings
         for name in ("length", "batch", "steps", "lr", "warm_up"):
-            assert f"{preset}: {getattr(settings, name)}" in said
+            assert f"{preset}: {getattr(settings, name)}" in help
     args = train.parser().parse_args([*start, "--steps", "100"])
-    warm_up = {"supervised": 30}.get(stage, 0)
-    assert train.settings_of(stage, args).warm_up == warm_up, "its share of the steps"
+    expected = presets["paper"].warm_up * 100 // presets["paper"].steps
+    assert train.settings_of(stage, args).warm_up == expected, "its share of the steps"
+
+
+def test_a_stage_has_no_flags_of_another_one(command):
+    for stage, flag in (("mntp", "--scale"), ("simcse", "--mask-rate"), ("supervised", "--split")):
+        assert command(stage, "--model", "m", "--output", "o", flag, "1")[0] == 2
 
 
 def test_the_compile_flag_and_what_is_said_without_a_compiler(command, monkeypatch):
@@ -532,7 +592,7 @@ def test_the_compile_flag_and_what_is_said_without_a_compiler(command, monkeypat
         raise torch._dynamo.exc.TorchDynamoException("backend raised:\nno compiler\n\nmore")
 
     monkeypatch.setattr(llm2vec, "compile_layers", compiled.append)
-    monkeypatch.setitem(STAGES, "simcse", STAGES["simcse"]._replace(run=fails))
+    monkeypatch.setitem(STAGES, "simcse", STAGES["simcse"]._replace(task=fails))
     args = ["simcse", *SMALL, "--compile", "--output", "run"]
     assert command(*args) == (2, "", "error: --compile: backend raised: no compiler\n")
     said = command(*args, "--quantize", "nf4")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 from seqeval.metrics import f1_score
-from sklearn.metrics import ndcg_score, v_measure_score
+from sklearn.metrics import ndcg_score
 
 warnings.filterwarnings("ignore")
 rng = np.random.default_rng(0)
@@ -34,7 +34,7 @@ def rounded(x: np.ndarray) -> list:
     return np.round(x, 3).tolist()
 
 
-cases: dict[str, list] = {"spearman": [], "ndcg": [], "v_measure": [], "entity_f1": []}
+cases: dict[str, list] = {"spearman": [], "ndcg": [], "entity_f1": []}
 
 sides = [(rng.normal(size=n), rng.normal(size=n)) for n in (2, 3, 10, 60)]
 sides += [(rng.integers(0, k, 30), rng.integers(0, k, 30)) for k in (2, 3, 8)]  # ties
@@ -57,17 +57,6 @@ for queries, candidates, k in ((1, 2, 1), (1, 5, 10), (4, 12, 10), (6, 30, 10), 
             score = ndcg_score(relevance, scores, k=k)
             case = {"relevance": relevance.tolist(), "scores": scores.tolist(), "k": k}
             cases["ndcg"].append(case | {"score": number(score)})
-
-for n, classes, clusters in ((1, 1, 1), (2, 2, 1), (2, 1, 2), (20, 1, 4), (20, 4, 1), (50, 5, 5)):
-    a, b = rng.integers(0, classes, n).tolist(), rng.integers(0, clusters, n).tolist()
-    cases["v_measure"].append({"a": a, "b": b, "score": v_measure_score(a, b)})
-for n in (30, 200):
-    a = rng.integers(0, 6, n)
-    noisy = np.where(rng.random(n) < 0.3, rng.integers(0, 9, n), a + 10)
-    pairs = [(a, a), (a, 7 - a), (a, noisy), (a, np.arange(n)), (a, a // 2)]
-    for x, y in pairs:
-        x, y = x.tolist(), y.tolist()
-        cases["v_measure"].append({"a": x, "b": y, "score": v_measure_score(x, y)})
 
 KINDS = ["PER", "LOC", "creative-work"]
 
