@@ -24,8 +24,9 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from llm2vec import reading, run
+from llm2vec import cli
 from llm2vec_data.checkpoints import on_the_hub
+from llm2vec_data.disk import reading
 from llm2vec_data.gguf import gguf_to_checkpoint
 
 MODELS = Path(__file__).parent / "models"
@@ -172,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

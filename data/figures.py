@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 
 import llm2vec
-import lora
 from llm2vec import LLM2Vec, pad, tokenize
 from llm2vec_data.benchmarks import held_out_of, mask_id_of
 from llm2vec_data.corpus import WIKIPEDIA, sentences
+from llm2vec_data.disk import read_json, reading, write_whole
 
 HERE = Path(__file__).parent
 # What the picture of the method reads: each word is one token of the tiny model.
@@ -46,7 +46,7 @@ def layer_cosines(encoder: LLM2Vec, texts: Sequence[str], positions: int = 32) -
     averaged over the texts that are long enough: (layers, positions), NaN where none is. Texts are
     cut at `positions` tokens. The paper (section 5.2) finds it near 1 for Mistral-7B alone.
     """
-    decoder = encoder.decoder.train(False)
+    decoder = encoder.decoder.eval()
     causal, both_ways = copy.copy(decoder), copy.copy(decoder)  # of the same weights
     causal.config = replace(decoder.config, is_causal=True)
     both_ways.config = replace(decoder.config, is_causal=False)
@@ -73,7 +73,7 @@ def guesses(
     words = [encoder.tokenizer.decode([k]).strip() for k in ids]
     if word not in words[1:]:
         raise ValueError(f"{word!r} is not one token of this model: {' '.join(words)}")
-    i, decoder = words.index(word), encoder.decoder.train(False)
+    i, decoder = words.index(word), encoder.decoder.eval()
     masked = pad([[*ids[:i], mask_id_of(encoder), *ids[i + 1 :]]], decoder.device)
     chances = decoder.logits(decoder(masked)[0, i - 1]).float().softmax(-1)
     likeliest = chances.topk(3).indices.tolist()
@@ -92,7 +92,7 @@ def view_cosines(encoder: LLM2Vec, texts: Sequence[str], draws: int = 32) -> lis
     decoder.train()
     torch.manual_seed(0)
     views = [F.normalize(encoder.embed(rows + rows), dim=-1) for _ in range(draws)]
-    decoder.train(False).config.attention_dropout = before
+    decoder.eval().config.attention_dropout = before
     return torch.stack([view[len(rows) :] @ view[0] for view in views]).mean(0).tolist()
 
 
@@ -285,7 +285,7 @@ def read_log(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and their losses, by stage, from the log.jsonl of a run folder or of those in it."""
     files, logs = [*Path(run).glob("log.jsonl"), *Path(run).glob("*/log.jsonl")], {}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
-        with llm2vec.reading(file):
+        with reading(file):
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             points = [(int(line["step"]), float(line["loss"])) for line in lines]
         if points:
@@ -316,8 +316,8 @@ def curves_svg(logs: dict[str, list[tuple[int, float]]]) -> str:
 
 
 def draw_bars(args: argparse.Namespace) -> str:
-    rows, scores = llm2vec.read_json(Path(args.table)), {}
-    with llm2vec.reading(args.table):
+    rows, scores = read_json(Path(args.table)), {}
+    with reading(args.table):
         for name, runs in rows.items():
             runs = runs if isinstance(runs, list) else [runs]  # of several seeds
             if args.score in runs[0]:
@@ -357,9 +357,9 @@ def main() -> None:
     table.add_argument("--output", default="bars.svg")
     args = parser.parse_args()
     file = Path(args.output or f"{args.run}/curves.svg")
-    lora.write_whole(file, args.draw(args).encode())
+    write_whole(file, args.draw(args).encode())
     print(file)
 
 
 if __name__ == "__main__":
-    llm2vec.run(main)
+    llm2vec.cli(main)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from llm2vec import reading
+from llm2vec_data.disk import reading
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # in struct's letters
 STRING, ARRAY = 8, 9  # types of fields

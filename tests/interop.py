@@ -195,7 +195,7 @@ def transformers(scratch: Path) -> None:
         for is_causal in (False, True):
             decoder = our_decoder(file.parent, is_causal)
             LLM2Vec(decoder, words).save(folder)
-            model = AutoModel.from_pretrained(folder).train(False)
+            model = AutoModel.from_pretrained(folder).eval()
             side = "causal" if is_causal else "bidirectional"
             compare(f"AutoModel, {file.parent.name}, {side}", decoder, model)
             assert model.config.is_causal is is_causal, "config.is_causal is what was saved"
@@ -203,7 +203,7 @@ def transformers(scratch: Path) -> None:
         if decoder.can_predict:
             ids, _ = batch(decoder.config.vocab_size)
             with torch.no_grad():
-                logits = AutoModelForCausalLM.from_pretrained(folder).train(False)(ids).logits
+                logits = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
                 check("    with its output head", decoder.logits(decoder(ids)), logits)
 
 
@@ -268,7 +268,7 @@ def fill(named: dict[str, Tensor], seed: int) -> None:
 def transformers_model(auto=AutoModel) -> nn.Module:
     config = AutoConfig.from_pretrained(BASE)
     config.is_causal = False
-    return auto.from_pretrained(BASE, config=config, dtype=torch.float32).train(False)
+    return auto.from_pretrained(BASE, config=config, dtype=torch.float32).eval()
 
 
 def settle(folder: Path) -> None:
@@ -293,7 +293,7 @@ def adapters_in(out: Path, states: dict[str, Tensor]) -> None:
         settle(folder)
         decoder = our_decoder()
         lora.load_adapter(decoder, folder)
-        model = PeftModel.from_pretrained(transformers_model(auto), folder).train(False)
+        model = PeftModel.from_pretrained(transformers_model(auto), folder).eval()
         inner = model.base_model.model  # a causal LM and a classifier have one more in them
         inner = getattr(inner, "model", inner)
         states[name] = compare(f"PEFT's adapter, {name}", decoder, inner)
@@ -322,7 +322,7 @@ def published(folder: Path, states: dict[str, Tensor]) -> None:
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     decoder = our_decoder()
     lora.load_adapter(decoder, folder)
-    model = PeftModel.from_pretrained(transformers_model(), folder).train(False)
+    model = PeftModel.from_pretrained(transformers_model(), folder).eval()
     states["published"] = compare("an adapter laid out as the published ones", decoder, model)
 
 
@@ -339,12 +339,12 @@ def adapters_out(out: Path, states: dict[str, Tensor]) -> None:
         folder = out / f"ours-{name}"
         fill({n: w for n, w in decoder.named_parameters() if "lora_" in n}, seed)
         lora.save_adapter(decoder, folder)
-        model = PeftModel.from_pretrained(transformers_model(), folder).train(False)
-        decoder.train(False)
+        model = PeftModel.from_pretrained(transformers_model(), folder).eval()
+        decoder.eval()
         states[folder.name] = compare(f"our adapter in PEFT, {name}", decoder, model)
         alone = AutoPeftModelForFeatureExtraction.from_pretrained(folder, dtype=torch.float32)
         alone.base_model.model.config.is_causal = False
-        compare("    opened alone, by the base that it names", decoder, alone.train(False))
+        compare("    opened alone, by the base that it names", decoder, alone.eval())
         settle(folder)
 
 

@@ -126,14 +126,15 @@ def test_the_separator_is_a_setting_and_a_space_for_the_authors_checkpoints(fold
     [(ids, _)] = tokenize(model.tokenizer, ["the"], 512, "find:", separator="")
     assert ids == model.tokenizer.encode("find:the").ids
     assert LLM2Vec.from_pretrained(folder).separator == "\n"
-    authors = shutil.copytree(folder, tmp_path / "LLM2Vec-Mistral-7B-Instruct-v2-mntp")
-    assert LLM2Vec.from_pretrained(authors).separator == " "
-    LLM2Vec.from_pretrained(folder).save(authors / "LLM2Vec-mine")
-    assert LLM2Vec.from_pretrained(authors / "LLM2Vec-mine").separator == "\n", "as it was saved"
-    assert (
-        prompt_prefix("find: \n", "\n") == "find:\n"
-        and prompt_prefix(None) == prompt_prefix("") == ""
-    )
+    assert LLM2Vec.from_pretrained(folder, [INTEROP / "inner-list"]).separator == "\n"
+    assert LLM2Vec.from_pretrained(folder, [INTEROP / "published"]).separator == " "
+    LLM2Vec.from_pretrained(folder).save(tmp_path / "LLM2Vec-mine")
+    mine = LLM2Vec.from_pretrained(tmp_path / "LLM2Vec-mine", [INTEROP / "published"])
+    assert mine.separator == "\n", "as it was saved, whatever its name"
+    change(folder / "config.json", architectures=["MistralEncoderModel"])
+    assert LLM2Vec.from_pretrained(folder).separator == " "
+    assert prompt_prefix("find: \n", "\n") == "find:\n"
+    assert prompt_prefix(None) == prompt_prefix("") == ""
 
 
 # --- What an encoder has no use for ------------------------------------------------------------

@@ -21,7 +21,7 @@ SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4)
 
 def small_decoder(**changes) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(Config(**SHAPE | changes)).double().train(False)
+    decoder = Decoder(Config(**SHAPE | changes)).double().eval()
     for weight in decoder.parameters():
         torch.nn.init.normal_(weight, std=0.4)
     return decoder

@@ -150,6 +150,7 @@ def test_each_process_loads_its_model_onto_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(llm2vec, "load_weights", lambda *args: loaded.append(args[-1]))
+    monkeypatch.setattr(LLM2Vec, "to", lambda model, device: model)
     for device in (None, "cuda", "cuda:1", "cpu"):
         LLM2Vec.from_pretrained(TINY, device=device, dtype=torch.bfloat16)
     assert loaded == [torch.device(name) for name in ("cuda:3", "cuda:3", "cuda:1", "cpu")]

@@ -36,6 +36,7 @@ def test_every_command_has_flags_that_are_there(line, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.syspath_prepend(ROOT)
     as_module = words[0] == "-m"
     start = runpy.run_module if as_module else runpy.run_path
     name, *args = words[as_module:]

@@ -93,7 +93,9 @@ def test_queries_choose_among_all_positives_and_hard_negatives(max_tokens, tmp_p
     longer = {"query": "a longer query?", "positive": "and a longer answer", "negative": "x"}
     pairs, found = [A, B, C, longer], []
     dataset = read_pairs([write(tmp_path / "a.jsonl", *pairs)])
-    monkeypatch.setattr(train, "fit", lambda _, data, backward, *__: found.append(backward(*data)))
+    monkeypatch.setattr(
+        train, "fit", lambda _, data, backward, *__: found.append(backward(*data, 0))
+    )
     run(model, dataset, tmp_path, max_tokens=max_tokens)
     weight = model.decoder.layers[2].mlp.up_proj.weight
     gradient = weight.grad.clone()
@@ -116,8 +118,9 @@ def test_instructions_stand_where_the_pairs_say_and_go_with_the_encoder(tmp_path
     both = {"instruction": "Find alike:", "answer_instruction": "Find alike:"}
     pairs = read_pairs([write(tmp_path / "a.jsonl", A | both, C | both)])
     model, seen = LLM2Vec.from_pretrained(TINY), []
-    monkeypatch.setattr(train, "contrast", lambda _, rows, *__: seen.append(rows) or (0.0, 1))
-    monkeypatch.setattr(train, "fit", lambda _, data, backward, *__: backward(data[0]))
+    seen_by = lambda _, rows, *__: seen.append(rows) or (0.0, 1)  # noqa: E731
+    monkeypatch.setattr(train, "backward_through_encoder", seen_by)
+    monkeypatch.setattr(train, "fit", lambda _, data, backward, *__: backward(data[0], 0))
     run(model, pairs, tmp_path)
     texts = ["a?", "c?", "a.", "c.", "not c.", "nor this"]
     assert seen[0] == tokenize(model.tokenizer, texts, 64, "Find alike:")

@@ -279,7 +279,7 @@ def test_the_best_step_on_a_development_file_is_kept(tmp_path, monkeypatch, caps
         seen[step] = weights(model)
         if step in stop:
             raise KeyboardInterrupt
-        model.decoder.train(False)
+        model.decoder.eval()
         return {"dev": scores[step]}
 
     monkeypatch.setattr(benchmarks, "sts", sts)
@@ -480,7 +480,8 @@ def test_controls_and_seeds_are_trained_as_they_are_called(monkeypatch, command)
     def seen(model, datasets, backward, settings, folder):
         folder.mkdir(parents=True)
         (folder / "log.jsonl").write_text(json.dumps({"seconds": settings.seed}) + "\n")
-        trained[str(folder)] = model.decoder.config.is_causal, settings.pooling, settings.seed
+        pooling = getattr(settings, "pooling", "mean")
+        trained[str(folder)] = model.decoder.config.is_causal, pooling, settings.seed
 
     monkeypatch.setattr(LLM2Vec, "from_pretrained", load_alone)
     for name in ("mntp", "simcse"):

@@ -130,7 +130,7 @@ def read_checkpoint(folder: Path, is_causal: bool, auto=AutoModel, **changes) ->
     config.is_causal = is_causal  # as a key of config.json would
     return auto.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation="eager"
-    ).train(False)
+    ).eval()
 
 
 # --- Hidden states -----------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def write_adapter(base: Path, seed: int, **options) -> Path:
 def expect_adapted(base: Path, folder: Path) -> dict[str, Tensor]:
     given = load_file(base / "expected.safetensors")
     ids, segments = given["right.input_ids"], given["right.segments"]
-    model = PeftModel.from_pretrained(read_checkpoint(base, False), folder).train(False)
+    model = PeftModel.from_pretrained(read_checkpoint(base, False), folder).eval()
     adapted = hidden_states(model, "right", ids, segments)
     merged = hidden_states(model.merge_and_unload(), "right", ids, segments)
     assert differ(adapted, given["right.bidirectional"]), "the adapter is idle"
