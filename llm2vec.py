@@ -42,24 +42,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from llm2vec_data.checkpoints import (
-    EXTRA,
-    PREFIX,
-    TEMPLATES,
-    UNUSED,
-    check_tensor,
-    encoder_options,
-    find_adapter,
-    find_checkpoint,
-    is_folder_or_hub_name,
-    load_tokenizer,
-    read_config,
-    tell_unused,
-    weight_files,
-)
+from llm2vec_data import checkpoints
+from llm2vec_data.checkpoints import PREFIX, UNUSED, check_tensor, find_checkpoint, load_tokenizer
+from llm2vec_data.commands import cli
 from llm2vec_data.disk import read_json, reading
 from llm2vec_data.encode import count_cut, encode_file, tell_cut
 from llm2vec_data.export import save_encoder
+from llm2vec_data.processes import default_device, has_bfloat16
 from lora import load_adapter, merge_lora, read_extra
 
 
@@ -93,7 +82,7 @@ class Config:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
         """Read `folder`/config.json. Raises FileNotFoundError, or ValueError naming the field."""
-        return cls(**read_config(Path(folder) / "config.json", fields(cls)))
+        return cls(**checkpoints.read_config(Path(folder) / "config.json", fields(cls)))
 
 
 # --- Attention mask ----------------------------------------------------------------------------
@@ -352,7 +341,7 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
     if quantised := read_json(folder / "config.json").get("quantization_config"):
         method = quantised.get("quant_method")
         hint = f"; the weights are quantised ({method}): take those that they were made from"
-    for file in weight_files(folder):
+    for file in checkpoints.weight_files(folder):
         with reading(file, hint), safe_open(file, framework="pt", device=str(device)) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 key = PREFIX.sub("", name)
@@ -372,7 +361,7 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
         print(f"{folder}: has no lm_head.weight, so it encodes and can't predict", file=sys.stderr)
     if wanted:
         raise ValueError(f"{folder}: tensor {next(iter(wanted))} is missing, one of {len(wanted)}")
-    tell_unused(folder, unused)
+    checkpoints.tell_unused(folder, unused)
 
 
 # --- Text to tokens ----------------------------------------------------------------------------
@@ -633,19 +622,19 @@ class LLM2Vec(nn.Module):
         Each is a folder, or a name on the Hugging Face hub. pooling, max_length, is_causal and
         separator default to what an encoder's folder says, else to "mean", 512, False and a line
         break; the separator to a space for the authors' checkpoints, adapters and templates.
-        template is the name of one in TEMPLATES. device defaults to the first of cuda, mps and cpu
-        that is there; dtype to bfloat16 on a GPU that has it, else to float32.
+        template is the name of one in checkpoints.TEMPLATES. device defaults to the first of cuda,
+        mps and cpu that is there; dtype to bfloat16 on a GPU that has it, else to float32.
         """
         folder = find_checkpoint(path_or_name, "tokenizer.json")
         adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters
-        adapters = [find_adapter(adapter) for adapter in adapters]
+        adapters = [checkpoints.find_adapter(adapter) for adapter in adapters]
         device = torch.device(device or default_device())
         if device == torch.device("cuda"):  # safetensors would take the first GPU for each process
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if dtype is None:
             fast = device.type != "cpu" and has_bfloat16(device)
             dtype = torch.bfloat16 if fast else torch.float32
-        options = encoder_options(folder, adapters)
+        options = checkpoints.encoder_options(folder, adapters)
         if template in ("mistral", "llama-3"):
             options.setdefault("separator", " ")  # as the authors have it
         given = {"pooling": pooling, "max_length": max_length}
@@ -655,8 +644,10 @@ class LLM2Vec(nn.Module):
         decoder = Decoder.from_pretrained(path_or_name, dtype, device)
         decoder.config.is_causal = options.pop("is_causal")  # False is step 1 of the method, entire
         model = cls(decoder, tokenizer, **options).to(device).eval()
-        if (folder / EXTRA).exists():  # of an exported encoder: the modules beside its decoder
-            for parameter, weight in read_extra(folder / EXTRA, model).values():
+        if (
+            folder / checkpoints.EXTRA
+        ).exists():  # of an exported encoder: the modules beside its decoder
+            for parameter, weight in read_extra(folder / checkpoints.EXTRA, model).values():
                 parameter.data.copy_(weight)
         for adapter in adapters:
             load_adapter(model, adapter)
@@ -782,30 +773,6 @@ def min_batch_tokens(decoder: Decoder) -> int:
     return 2**39 // sum(p.numel() for p in decoder.layers[0].parameters())
 
 
-def default_device() -> str:
-    """cuda (of several GPUs, that of this process), else mps (Apple's, never tried), else cpu."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16; where it does not, float32 is faster.
-
-    NVIDIA's GPUs do from Ampere on (not T4 and V100, of which standard error says so), CPUs do with
-    AVX512-BF16 or AMX. Apple's GPUs were never tried, and count as if they did not.
-    """
-    if device.type == "cpu":
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch 2.6 and later
-        return any(getattr(torch.cpu, name, bool)() for name in names)
-    if device.type != "cuda":
-        return False
-    able = torch.cuda.is_bf16_supported(including_emulation=False)
-    if not able:
-        print(f"{device} has no bfloat16: computing in float32", file=sys.stderr)
-    return able
-
-
 def compile_layers(decoder: Decoder) -> None:
     """Have torch.compile fuse what each layer does between its matrix products.
 
@@ -825,7 +792,11 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
     add = command.add_argument
     add("--model", help="checkpoint folder, or a name on the Hugging Face hub", **how)
     add("--adapters", nargs="*", default=[], help="adapters to merge first, in order: the same")
-    add("--template", choices=TEMPLATES, help="what stands around a text, for an instruct model")
+    add(
+        "--template",
+        choices=checkpoints.TEMPLATES,
+        help="what stands around a text, for an instruct model",
+    )
     text = "between an instruction and a text (default: as the folder says, else a line break)"
     add("--separator", help=text)
     add("--dtype", choices=("float32", "bfloat16"), help="type of the weights")
@@ -863,7 +834,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "similar" and not args.texts:  # --adapters has taken them
         names = enumerate(args.adapters)
-        n = next((i for i, name in names if i and not is_folder_or_hub_name(name)), None)
+        n = next(
+            (i for i, name in names if i and not checkpoints.is_folder_or_hub_name(name)), None
+        )
         if n is None:
             similar.error("no sentences: give two or more, each in quotation marks")
         args.adapters, args.texts = args.adapters[:n], args.adapters[n:]
@@ -875,26 +848,6 @@ def main() -> None:
     vectors = torch.from_numpy(model.encode(args.texts, args.instruction, normalize=True))
     for row, text in zip((vectors @ vectors.T).tolist(), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
-
-
-def cli(main: Callable[[], None]) -> None:
-    """Run a command line: a foreseen error is one line and exit status 2, Ctrl-C exits with 130."""
-    try:
-        main()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error)
-        of_memory = "out of memory" in message or "can't allocate memory" in message
-        if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and of_memory:
-            message = f"out of memory; lower --max-tokens where there is one: {message}"
-        elif type(error).__module__.startswith("torch._dynamo"):
-            message = "--compile: " + message.partition("\n\n")[0]  # there is no C++ compiler
-        elif isinstance(error, RuntimeError):
-            raise
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -152,16 +152,16 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     without adapters, unless it is an encoder, of which something else was trained.
     """
     modules, folder = adapted(model), Path(folder)
-    extra = {name: p for name, p in trained(model).items() if "lora_" not in name}
+    extra = {name: p.detach() for name, p in trained(model).items() if "lora_" not in name}
     if not modules and (not extra or model is decoder_of(model)):
         raise ValueError("the model has no adapters to save")
     folder.mkdir(parents=True, exist_ok=True)
     if extra:
-        write_whole(folder / EXTRA, save_bytes(contiguous(extra), {"format": "pt"}))
+        write_whole(folder / EXTRA, save_bytes(extra, {"format": "pt"}))
     if not modules:
         return
     state = {
-        f"base_model.model.{name}.{part}.weight": getattr(module, part).weight
+        f"base_model.model.{name}.{part}.weight": getattr(module, part).weight.detach()
         for name, module in modules.items()
         for part in PARTS
     }
@@ -181,12 +181,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    write_whole(folder / ADAPTER[1], save_bytes(contiguous(state), {"format": "pt"}))
+    write_whole(folder / ADAPTER[1], save_bytes(state, {"format": "pt"}))
     write_json(folder / ADAPTER[0], config)
-
-
-def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: weight.detach().contiguous() for name, weight in state.items()}
 
 
 @torch.no_grad()
@@ -245,12 +241,10 @@ def read_extra(file: Path, model: nn.Module) -> dict[str, tuple[nn.Parameter, Te
     known, found = {start + name: p for name, p in model.named_parameters()}, {}
     with reading(file):
         for name, weight in load_file(file).items():
-            if name not in known:
+            p = known.get(name)
+            if p is None:
                 raise ValueError(f"{name} has no place in this {type(model).__name__}")
-            found[name] = (
-                known[name],
-                check_tensor(weight, name, known[name].shape, known[name].dtype),
-            )
+            found[name] = p, check_tensor(weight, name, p.shape, p.dtype)
     return found
 
 

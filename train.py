@@ -19,10 +19,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 # Batches differ in length: memory in pieces that can be joined again loses less to gaps. Torch
 # reads this once, when it is imported.
@@ -36,40 +36,19 @@ import lora
 from llm2vec import LLM2Vec, contrastive_loss, mask_tokens, mntp_loss, prompt_prefix
 from llm2vec_data import benchmarks
 from llm2vec_data.checkpoints import TINY
+from llm2vec_data.commands import add_settings, check_settings, cli, setting
 from llm2vec_data.compare import CONTROLS, baselines, over_seeds, table
-from llm2vec_data.corpus import (
-    WIKIPEDIA,
-    cut_into_blocks,
-    read_documents,
-    sentences,
-    split_documents,
-)
+from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks, sentences, training_documents
 from llm2vec_data.disk import write_json
 from llm2vec_data.pairs import PAIRS, read_pairs
-from llm2vec_data.processes import (
-    RANK,
-    WORLD_SIZE,
-    log,
-    on_main,
-    processes,
-    sum_over_processes,
-)
+from llm2vec_data.processes import RANK, WORLD_SIZE, log, on_main, processes, sum_over_processes
 from llm2vec_data.runs import RunFolder, fingerprint
 
+Task = tuple[Sequence[Sequence], Callable[[list, int], tuple[float, int]]]  # of `fit`
 CODE = [llm2vec.__file__, lora.__file__, __file__]  # a run goes on with the same code alone
 
 # --- Settings ----------------------------------------------------------------------------------
 # Each field is a flag of the command line. A stage has settings of its own: a subclass.
-
-
-def setting(
-    about: str, default: Any, choices: Iterable[str] | None = None, same_result: bool = False
-) -> Any:
-    """A field, and what its flag says; same_result: a run may go on with another value."""
-    more = {"help": about, "choices": choices, "same_result": same_result}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=more)
-    return field(default=default, metadata=more)
 
 
 @dataclass
@@ -102,23 +81,11 @@ class Settings:
     seed: int = setting("seed of all that is random", 0)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, name = getattr(self, f.name), f.name.replace("_", "-")
-            least = 0 if f.default == 0 or "dropout" in f.name or "share" in f.name else 1e-9
-            least = 1 if least and kind_of(f) is int else least
-            most = 0.99 if "dropout" in f.name else 1e12
-            most = 1 if f.name.endswith(("_rate", "_share")) else most
-            if isinstance(value, (int, float)) and not least <= value <= most:
-                raise ValueError(f"--{name} is {value}, expected {least:g} to {most:g}")
+        check_settings(self)
 
     def for_model(self, model: LLM2Vec) -> "Settings":
         """The same settings, with the defaults that depend on the model filled in."""
         return self
-
-
-def kind_of(f: Field) -> type:
-    """The type of a setting, or of the items of a list."""
-    return next(kind for kind in (bool, int, float, str) if kind in (f.type, *get_args(f.type)))
 
 
 # --- The loop ----------------------------------------------------------------------------------
@@ -143,16 +110,14 @@ def fit(
     batches = Batches(datasets, settings)
     settings, epoch = batches.settings, len(batches.slots)
     identity = fingerprint(model, datasets, settings, CODE)
-    run = RunFolder(folder, settings, identity, scorer(model, settings))
+    run = RunFolder(folder, settings, identity, lambda: dev_score(model, settings))
     if run.finished:
         log(f"{folder}: finished before; --overwrite trains it anew")
         lora.load_adapter(model, folder)
         return merge(model)
     torch.manual_seed(settings.seed)
     lora.add_lora(model.decoder, settings.rank, settings.alpha, settings.dropout)
-    trained = lora.trained(
-        model
-    )  # parameters by name: adapters, and what stands beside the decoder
+    trained = lora.trained(model)  # by name: adapters, and what stands beside the decoder
     parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     with training(model, settings):
@@ -183,18 +148,8 @@ def merge(model: LLM2Vec) -> None:
     model.decoder.requires_grad_(False).name_or_path = None  # no checkpoint has these weights
 
 
-def scorer(model: LLM2Vec, settings: Settings) -> Callable[[], float] | None:
-    """With --dev, a function that scores the model as it is in training."""
-    if settings.dev is None:
-        return None
-    benchmarks.read_sts(settings.dev)  # complain of it before training
-
-    def score() -> float:
-        value = next(iter(benchmarks.sts(model, settings.dev).values()))
-        model.train()
-        return value
-
-    return score
+def dev_score(model: LLM2Vec, settings: Settings) -> float:
+    return next(iter(benchmarks.sts(model, settings.dev).values()))
 
 
 @contextlib.contextmanager
@@ -202,7 +157,6 @@ def training(model: LLM2Vec, settings: Settings) -> Iterator[None]:
     """What training changes on a model, and puts back; adapters go where it is interrupted."""
     decoder, was_training = model.decoder, model.training
     before = decoder.config.attention_dropout, decoder.recompute
-    model.train()
     decoder.config.attention_dropout = settings.attention_dropout
     decoder.recompute = min(settings.recompute, len(decoder.layers))
     try:
@@ -226,6 +180,7 @@ def within_memory(
     decoder, layers = model.decoder, len(model.decoder.layers)
     while True:
         torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
+        model.train()
         try:
             return backward(batch, step)
         except torch.OutOfMemoryError as error:
@@ -283,12 +238,15 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 # --- Step 2: masked next-token prediction ------------------------------------------------------
 
 
+CORPUS = "a document a line, .jsonl with `text`, a folder of such (default: bundled Wikipedia)"
+
+
 @dataclass
 class CorpusSettings(Settings):
     """What a stage that learns from text can be told."""
 
     corpus: str | None = setting(
-        "a document a line, .jsonl with `text`, a folder of such (default: bundled Wikipedia)",
+        CORPUS,
         None,
         same_result=True,  # its text counts, not its name
     )
@@ -299,7 +257,7 @@ class CorpusSettings(Settings):
 
 def read_corpus(settings: CorpusSettings) -> list[str]:
     """The documents to train on; none of those that are held out."""
-    return split_documents(read_documents(settings.corpus or WIKIPEDIA, settings.errors))[0]
+    return training_documents(settings.corpus or WIKIPEDIA, settings.errors)
 
 
 @dataclass
@@ -321,7 +279,7 @@ class MNTPSettings(CorpusSettings):
         return replace(self, **{k: v for k, v in rates.items() if getattr(self, k) is None})
 
 
-def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> "Task":
+def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> Task:
     """Teach a model, now bidirectional, to use what it sees."""
     mask_id, V = benchmarks.mask_id_of(model, settings.mask_token), model.decoder.config.vocab_size
     added = model.tokenizer.get_added_tokens_decoder()
@@ -378,7 +336,7 @@ class SimCSESettings(ContrastiveSettings, CorpusSettings):
     split: str = setting("what is a text to learn from", "sentence", ("sentence", "line"))
 
 
-def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -> "Task":
+def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -> Task:
     """Teach a model that a sentence is like itself and unlike others.
 
     Equal sentences of the corpus count as one, so that no batch holds a sentence as its own
@@ -482,7 +440,7 @@ class SupervisedSettings(ContrastiveSettings):
 
 def supervised(
     model: LLM2Vec, datasets: Sequence[Sequence[dict]], settings: SupervisedSettings
-) -> "Task":
+) -> Task:
     """Teach a model that a query is like what answers it.
 
     datasets: of `read_pairs`. A batch comes from one of them; every positive and every hard
@@ -517,9 +475,6 @@ def supervised(
 # --- All that the program knows of a stage -----------------------------------------------------
 
 
-Task = tuple[Sequence[Sequence], Callable[[list, int], tuple[float, int]]]  # of `fit`
-
-
 class Stage(NamedTuple):
     task: Callable[[LLM2Vec, Any, Any], Task]  # of a model, its data and the settings
     help: str
@@ -530,6 +485,8 @@ class Stage(NamedTuple):
     def run(self, model: LLM2Vec, data: Any, settings: Settings, folder: Path) -> None:
         """Train the stage's adapter on a model, in `folder`, and merge it."""
         settings = settings.for_model(model)
+        if settings.dev:
+            benchmarks.read_sts(settings.dev)  # complain of it before training
         datasets, backward = self.task(model, data, settings)
         fit(model, datasets, backward, settings, folder)
 
@@ -539,18 +496,17 @@ class Stage(NamedTuple):
 # `laptop` is for SmolLM2-135M on two cores, and was chosen on STS-B dev. At a scale of 20 the loss
 # of SimCSE is nothing within ten steps; at 10 there is something to learn for longer. `gpu` is for
 # the same model and seven minutes of an H200, with the paper's steps and batches of MNTP.
+SMOLLM2 = {"attention_dropout": 0.3, "dropout": 0.0, "scale": 10.0}
 STAGES = {
     "mntp": Stage(
         mntp,
         "Step 2: masked next-token prediction, on a model or on top of adapters.",
         read_corpus,
         {
-            "paper": MNTPSettings(length=512, batch=32, lr=5e-5),
-            "tiny": MNTPSettings(length=64, batch=16, steps=120, lr=2e-3, warm_up=10),
-            "laptop": MNTPSettings(
-                length=128, batch=8, steps=250, lr=2e-3, warm_up=20, dropout=0.0
-            ),
-            "gpu": MNTPSettings(lr=1e-3, warm_up=50, dropout=0.0, max_tokens=32768),
+            "paper": MNTPSettings(512, 32, lr=5e-5),
+            "tiny": MNTPSettings(64, 16, 120, lr=2e-3, warm_up=10),
+            "laptop": MNTPSettings(128, 8, 250, lr=2e-3, warm_up=20, dropout=0.0),
+            "gpu": MNTPSettings(512, lr=1e-3, warm_up=50, dropout=0.0, max_tokens=32768),
         },
         encoder=False,
     ),
@@ -559,31 +515,10 @@ STAGES = {
         "Step 3: unsupervised contrastive learning; writes the encoder too.",
         read_corpus,
         {
-            "paper": SimCSESettings(length=128, batch=128, lr=3e-5, attention_dropout=0.3),
-            "tiny": SimCSESettings(
-                length=24, batch=64, steps=40, lr=5e-3, warm_up=10, attention_dropout=0.6
-            ),
-            "laptop": SimCSESettings(
-                length=32,
-                batch=32,
-                steps=80,
-                lr=1e-3,
-                warm_up=8,
-                attention_dropout=0.3,
-                dropout=0.0,
-                scale=10.0,
-            ),
-            "gpu": SimCSESettings(
-                length=64,
-                batch=128,
-                steps=400,
-                lr=5e-4,
-                warm_up=40,
-                attention_dropout=0.3,
-                dropout=0.0,
-                scale=10.0,
-                max_tokens=32768,
-            ),
+            "paper": SimCSESettings(128, 128, lr=3e-5, attention_dropout=0.3),
+            "tiny": SimCSESettings(24, 64, 40, lr=5e-3, warm_up=10, attention_dropout=0.6),
+            "laptop": SimCSESettings(32, 32, 80, lr=1e-3, warm_up=8, **SMOLLM2),
+            "gpu": SimCSESettings(64, 128, 400, lr=5e-4, warm_up=40, max_tokens=32768, **SMOLLM2),
         },
     ),
     "supervised": Stage(
@@ -591,13 +526,9 @@ STAGES = {
         "The fourth stage: contrastive learning on pairs; writes the encoder too.",
         lambda settings: read_pairs(settings.pairs or [PAIRS], settings.instructions or [None]),
         {
-            "paper": SupervisedSettings(
-                length=512, batch=512, lr=2e-4, warm_up=300, decay_epochs=3, scale=50.0
-            ),
-            "tiny": SupervisedSettings(length=64, batch=32, steps=60, lr=2e-3, warm_up=10),
-            "laptop": SupervisedSettings(
-                length=64, batch=32, steps=40, lr=5e-4, warm_up=5, dropout=0.0
-            ),
+            "paper": SupervisedSettings(512, 512, lr=2e-4, warm_up=300, decay_epochs=3, scale=50.0),
+            "tiny": SupervisedSettings(64, 32, 60, lr=2e-3, warm_up=10),
+            "laptop": SupervisedSettings(64, 32, 40, lr=5e-4, warm_up=5, dropout=0.0),
         },
     ),
 }
@@ -608,9 +539,8 @@ STAGES = {
 
 def load_for_training(args: argparse.Namespace, is_causal: bool = False, **how) -> LLM2Vec:
     """The model that the flags name; in bfloat16 where the hardware has it, a CPU's too."""
-    if args.dtype is None:
-        fast = llm2vec.has_bfloat16(torch.device(args.device or llm2vec.default_device()))
-        how["dtype"] = torch.bfloat16 if fast else torch.float32
+    if args.dtype is None and llm2vec.has_bfloat16(args.device or llm2vec.default_device()):
+        how["dtype"] = torch.bfloat16
     return llm2vec.load(args, is_causal=is_causal, **how)
 
 
@@ -649,7 +579,7 @@ def run_stage(args: argparse.Namespace) -> None:
 def run_everything(args: argparse.Namespace) -> None:
     """The stages in order, scored before and after each; by default on the bundled tiny Llama."""
     output, rows = Path(args.output), {}
-    _, held_out = split_documents(read_documents(args.corpus or WIKIPEDIA))
+    held_out = benchmarks.held_out_of(args.corpus or WIKIPEDIA)
 
     def score(name: str, model: LLM2Vec, training: float = 0.0) -> None:
         start, which, files = time.monotonic(), ("sts", "masked"), benchmarks.STSB_TEST
@@ -706,37 +636,18 @@ def save_encoder(model: LLM2Vec, folder: Path) -> None:
     print(f"  python llm2vec.py encode --model {folder} --input texts.txt --output vectors.npy")
 
 
-def add_settings(command: argparse.ArgumentParser, presets: dict[str, Settings]) -> None:
-    """A flag for each setting of a stage, with the values of the presets."""
-    for f in fields(next(iter(presets.values()))):
-        values = {preset: getattr(settings, f.name) for preset, settings in presets.items()}
-        if all(value == next(iter(values.values())) for value in values.values()):
-            values = {"default": next(iter(values.values()))}
-        shown = ", ".join(f"{name}: {v}" for name, v in values.items() if v not in (None, []))
-        how = {"help": f.metadata["help"] + (f" ({shown})" if shown else ""), "default": None}
-        kind = kind_of(f)
-        if kind is bool:
-            how |= {"action": argparse.BooleanOptionalAction}
-        else:
-            how |= {"type": kind, "choices": f.metadata["choices"]}
-            how |= {"metavar": None if kind is str else "N"}
-            how |= {"nargs": "+"} if isinstance(values[next(iter(values))], list) else {}
-        command.add_argument("--" + f.name.replace("_", "-"), **how)
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python train.py",
         description="Turn a causal language model into a text encoder. Without a command: the "
         "stages in order, by default on the bundled tiny Llama, in minutes.",
     )
-    corpus = CorpusSettings.__dataclass_fields__["corpus"].metadata["help"]
     overwrite = {"action": "store_true", "help": "start anew instead of going on"}
     add = top.add_argument
     llm2vec.add_model_flags(top, default=TINY)
     add("--stages", nargs="+", choices=STAGES, default=["mntp", "simcse"], help="in this order")
     add("--preset", default="tiny", choices=STAGES["mntp"].presets, help="(default: %(default)s)")
-    add("--corpus", help=corpus)
+    add("--corpus", help=CORPUS)
     add("--output", default="runs/tiny", help="run folder (default: %(default)s)")
     add("--steps", type=int, help="steps of each stage (default: its settings)")
     text = "train with each, later ones in folders of their own; print mean and range (default: 0)"
@@ -771,4 +682,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    llm2vec.cli(main)
+    cli(main)

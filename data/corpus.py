@@ -72,6 +72,11 @@ def split_documents(documents: Sequence[str], one_in: int = 50) -> tuple[list[st
     return sides
 
 
+def training_documents(path: str | Path, errors: str = "strict") -> list[str]:
+    """The documents of a corpus that are not held out."""
+    return split_documents(read_documents(path, errors))[0]
+
+
 # What ends a sentence: Unicode's property Sentence_Terminal, the ellipsis, Tibet's shad. Of these,
 # . ! ? and their like need white space behind them, and then a letter that may begin a sentence, a
 # digit or an opening mark; those of other scripts need nothing. A closing mark may come between.

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from llm2vec import cli
 from llm2vec_data.checkpoints import on_the_hub
+from llm2vec_data.commands import cli
 from llm2vec_data.disk import reading
 from llm2vec_data.gguf import gguf_to_checkpoint
 

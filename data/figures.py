@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import llm2vec
 from llm2vec import LLM2Vec, pad, tokenize
 from llm2vec_data.benchmarks import held_out_of, mask_id_of
+from llm2vec_data.commands import cli
 from llm2vec_data.corpus import WIKIPEDIA, sentences
 from llm2vec_data.disk import read_json, reading, write_whole
 
@@ -362,4 +363,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    llm2vec.cli(main)
+    cli(main)

@@ -1,19 +1,45 @@
-"""Several processes, one for each GPU, as torchrun starts them.
+"""Which device computes; and several processes, one for each GPU, as torchrun starts them.
 
-Each has the whole model and draws the whole batch, but computes on its share of it. Losses are
-divided by counts of the whole batch, never of a share, so the sum of the processes' gradients is
-the gradient; only what is trained has any, so it is small.
+Each process has the whole model and draws the whole batch, but computes on its share of it. Losses
+are divided by counts of the whole batch, never of a share, so the sum of the processes' gradients
+is the gradient; only what is trained has any, so it is small.
 """
 
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def default_device() -> str:
+    """cuda (of several GPUs, that of this process), else mps (Apple's, never tried), else cpu."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def has_bfloat16(device: str | torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16; where it does not, float32 is faster.
+
+    NVIDIA's GPUs do from Ampere on (not T4 and V100, of which standard error says so), CPUs do with
+    AVX512-BF16 or AMX. Apple's GPUs were never tried, and count as if they did not.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch 2.6 and later
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    if device.type != "cuda":
+        return False
+    able = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not able:
+        print(f"{device} has no bfloat16: computing in float32", file=sys.stderr)
+    return able
 
 
 @contextlib.contextmanager

@@ -78,15 +78,11 @@ class RunFolder:
     Raises ValueError if it holds something else, or a run of other settings, data or code that this
     one would go on from, or be taken for.
 
-    score: gives a model in training its score, of which the best step is kept; None for none.
+    score: with settings.dev, the score of the model as it is, of which the best step is kept.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        settings,
-        identity: dict[str, object],
-        score: Callable[[], float] | None = None,
+        self, folder: Path, settings, identity: dict[str, object], score: Callable[[], float]
     ):
         self.folder, self.settings, self.scorer = folder, settings, score
         self.log_file, self.best_file = folder / "log.jsonl", folder / "best.safetensors"
@@ -149,7 +145,7 @@ class RunFolder:
     def score(self, step: int, parameters: dict[str, nn.Parameter]) -> float | None:
         """At every save and at the end: the score, whose weights are kept if it is the best."""
         steps, every = self.settings.steps, self.settings.save_every
-        if self.scorer is None or step % every and step < steps:
+        if self.settings.dev is None or step % every and step < steps:
             return None
         score = self.scorer()
         if score > self.best:
@@ -184,7 +180,7 @@ class RunFolder:
         Beside it goes the tokenizer, which sentence-transformers needs there.
         """
         on_main(lambda: None)  # the others wait until the best step is written
-        if self.scorer is not None and self.best_file.exists():
+        if self.settings.dev is not None and self.best_file.exists():
             for name, weight in load_file(self.best_file).items():
                 parameters[name].data.copy_(weight)
             log(f"the best step is kept, which scored {self.best:.4f} on {self.settings.dev}")

@@ -20,7 +20,7 @@ import llm2vec
 import lora
 import train
 from llm2vec import LLM2Vec
-from llm2vec_data import benchmarks, compare, export, figures, runs
+from llm2vec_data import benchmarks, compare, export, figures, processes, runs
 from lora import load_adapter, merge_lora, quantize_nf4
 
 AWAY = torch.device("lazy")  # a device that torch names and this build does not have
@@ -187,14 +187,14 @@ def test_the_device_and_its_type_are_those_of_the_hardware(monkeypatch, capsys):
     """A GPU before a CPU; a GPU without bfloat16 (T4, V100) computes in float32 and says so."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert llm2vec.default_device() == "cpu"
+    assert processes.default_device() == "cpu"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert llm2vec.default_device() == "mps"
+    assert processes.default_device() == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert llm2vec.default_device() == "cuda:2"
-    assert not llm2vec.has_bfloat16(torch.device("mps"))
+    assert processes.default_device() == "cuda:2"
+    assert not processes.has_bfloat16(torch.device("mps"))
     for able in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, a=able: a)
-        assert llm2vec.has_bfloat16(torch.device("cuda")) == able
+        assert processes.has_bfloat16(torch.device("cuda")) == able
         assert ("has no bfloat16" in capsys.readouterr().err) != able

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 import llm2vec
 import llm2vec_data.export
 from llm2vec import Decoder, LLM2Vec, load_tokenizer, tokenize
+from llm2vec_data.commands import cli
 from llm2vec_data.corpus import WIKIPEDIA, read_documents
 from llm2vec_data.encode import encode_file
 from lora import add_lora, merge_lora, save_adapter
@@ -283,7 +284,7 @@ def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, monkeypat
     for args, said in ((adapters, "no sentences"), ([str(tmp_path / "thre"), *texts], "thre: no")):
         monkeypatch.setattr(sys, "argv", [*start, "--adapters", *args])
         with pytest.raises(SystemExit) as end:
-            llm2vec.cli(llm2vec.main)
+            cli(llm2vec.main)
         assert end.value.code == 2 and said in capsys.readouterr().err
 
 

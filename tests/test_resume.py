@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import llm2vec
 import train
 from llm2vec import LLM2Vec
 from llm2vec_data import runs
+from llm2vec_data.commands import cli
 from llm2vec_data.corpus import WIKIPEDIA, read_documents
 from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
@@ -154,11 +154,11 @@ def test_out_of_memory_names_the_flag_and_leaves_a_state(whole, tmp_path, monkey
 
 def test_out_of_memory_elsewhere_is_one_line_and_other_errors_are_not(capsys):
     with pytest.raises(SystemExit) as status:
-        llm2vec.cli(lambda: torch.empty(2**50))
+        cli(lambda: torch.empty(2**50))
     said = capsys.readouterr().err
     assert status.value.code == 2 and said.count("\n") == 1 and "can't allocate memory" in said
     with pytest.raises(RuntimeError):
-        llm2vec.cli(lambda: torch.ones(2) @ torch.ones(3))
+        cli(lambda: torch.ones(2) @ torch.ones(3))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before_it(

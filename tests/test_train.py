@@ -20,9 +20,10 @@ import lora
 import train
 from llm2vec import LLM2Vec, contrastive_loss, pad, pool, tokenize
 from llm2vec_data import benchmarks, figures
+from llm2vec_data.commands import cli, kind_of
 from llm2vec_data.corpus import WIKIPEDIA, read_documents, sentences
 from llm2vec_data.pairs import PAIRS, read_pairs
-from train import STAGES, Batches, Settings, Stage, backward_through_encoder, kind_of
+from train import STAGES, Batches, Settings, Stage, backward_through_encoder
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -413,7 +414,7 @@ def command(monkeypatch, capsys, tmp_path) -> Callable:
         monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
         status = 0
         try:
-            llm2vec.cli(main)
+            cli(main)
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()

@@ -1,0 +1,79 @@
+"""How a command line is made of settings, and how a command ends.
+
+Settings are the fields of a dataclass, made by `setting`; each one is a flag.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import Field, field, fields
+from typing import Any, get_args
+
+
+def setting(
+    about: str, default: Any, choices: Iterable[str] | None = None, same_result: bool = False
+) -> Any:
+    """A field of a dataclass, and the help and choices of its flag.
+
+    same_result: a run may go on with another value.
+    """
+    more = {"help": about, "choices": choices, "same_result": same_result}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=more)
+    return field(default=default, metadata=more)
+
+
+def kind_of(f: Field) -> type:
+    """The type of a setting, or of the items of a list."""
+    return next(kind for kind in (bool, int, float, str) if kind in (f.type, *get_args(f.type)))
+
+
+def check_settings(settings) -> None:
+    """Raise ValueError for a number that nothing can be done with."""
+    for f in fields(settings):
+        value, name = getattr(settings, f.name), f.name.replace("_", "-")
+        least = 0 if f.default == 0 or f.name.endswith(("dropout", "_share")) else 1e-9
+        least = 1 if least and kind_of(f) is int else least
+        most = 0.99 if f.name.endswith("dropout") else 1e12
+        most = 1 if f.name.endswith(("_rate", "_share")) else most
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise ValueError(f"--{name} is {value}, expected {least:g} to {most:g}")
+
+
+def add_settings(command: argparse.ArgumentParser, presets: dict[str, Any]) -> None:
+    """A flag for each setting, with the values of the presets."""
+    for f in fields(next(iter(presets.values()))):
+        values = {preset: getattr(settings, f.name) for preset, settings in presets.items()}
+        first = next(iter(values.values()))
+        if all(value == first for value in values.values()):
+            values = {"default": first}
+        shown = ", ".join(f"{name}: {v}" for name, v in values.items() if v not in (None, []))
+        how = {"help": f.metadata["help"] + (f" ({shown})" if shown else ""), "default": None}
+        kind = kind_of(f)
+        if kind is bool:
+            how |= {"action": argparse.BooleanOptionalAction}
+        else:
+            how |= {"type": kind, "choices": f.metadata["choices"]}
+            how |= {"metavar": None if kind is str else "N"}
+            how |= {"nargs": "+"} if isinstance(first, list) else {}
+        command.add_argument("--" + f.name.replace("_", "-"), **how)
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Run a command line: a foreseen error is one line and exit status 2, Ctrl-C exits with 130."""
+    try:
+        main()
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = str(error)
+        of_memory = "out of memory" in message or "can't allocate memory" in message
+        if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and of_memory:
+            message = f"out of memory; lower --max-tokens where there is one: {message}"
+        elif type(error).__module__.startswith("torch._dynamo"):
+            message = "--compile: " + message.partition("\n\n")[0]  # there is no C++ compiler
+        elif isinstance(error, RuntimeError):
+            raise
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
