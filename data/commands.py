@@ -7,7 +7,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import Field, field, fields
+from pathlib import Path
 from typing import Any, get_args
+
+PACKAGE = Path(__file__).resolve().parent
 
 
 def setting(
@@ -61,7 +64,11 @@ def add_settings(command: argparse.ArgumentParser, presets: dict[str, Any]) -> N
 
 def cli(main: Callable[[], None]) -> None:
     """Run a command line: a foreseen error is one line and exit status 2, Ctrl-C exits with 130."""
+    lora = sys.modules.get("lora")
     try:
+        if lora and Path(lora.__file__).resolve().parent != PACKAGE.parent:
+            what = f"these files would run with {PACKAGE}, of another copy"
+            raise ValueError(f"{lora.__file__}: {what}; run `pip install -e .` beside it")
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = str(error)

@@ -132,7 +132,9 @@ def ours(task: str, model: str, max_tokens: int, dtype: torch.dtype) -> Callable
     def loss_of(vectors: Tensor) -> Tensor:
         return llm2vec.contrastive_loss(*vectors.chunk(2))
 
-    return step(parameters, lambda: train.contrast(encoder, views, loss_of, max_tokens))
+    return step(
+        parameters, lambda: train.backward_through_encoder(encoder, views, loss_of, max_tokens)
+    )
 
 
 def reference(task: str, folder: str) -> Callable[[], object]:

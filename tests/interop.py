@@ -36,8 +36,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.append(str(Path(__file__).parent.parent))
-
+import checkout  # noqa: F401
 import torch
 from golden.make import PROJECTIONS
 from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
@@ -56,7 +55,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import llm2vec_data.export
 import lora
-from llm2vec import POOLING, Decoder, LLM2Vec, load_tokenizer, prompt_prefix
+from llm2vec import Decoder, LLM2Vec, load_tokenizer, prompt_prefix
+from llm2vec_data.checkpoints import POOLING_MODES
 
 GOLDEN = Path(__file__).parent / "golden"
 INTEROP = GOLDEN / "interop"
@@ -95,7 +95,7 @@ def sentence_transformers(kind: str, scratch: Path, out: Path) -> dict[str, Tens
     what differs.
     """
     vectors, exported, folder = {}, {}, scratch / "exported"
-    for pooling in (name for name, (_, theirs) in POOLING.items() if theirs):
+    for pooling in POOLING_MODES:
         model = LLM2Vec(our_decoder(), load_tokenizer(INTEROP / kind), pooling, MAX_LENGTH)
         model.save(folder)
         theirs = SentenceTransformer(str(folder), device="cpu")

@@ -14,9 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from llm2vec import LLM2Vec
 from llm2vec_data.corpus import WIKIPEDIA, read_documents

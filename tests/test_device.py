@@ -21,6 +21,7 @@ import lora
 import train
 from llm2vec import LLM2Vec
 from llm2vec_data import benchmarks, compare, export, figures, processes, runs
+from llm2vec_data.checkpoints import TINY
 from lora import load_adapter, merge_lora, quantize_nf4
 
 AWAY = torch.device("lazy")  # a device that torch names and this build does not have
@@ -111,7 +112,7 @@ def away(monkeypatch):
 
 
 def tiny(device, quantize=False) -> LLM2Vec:
-    model = LLM2Vec.from_pretrained(train.TINY, dtype=torch.float32)
+    model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
     del model.decoder.layers[2:]
     if quantize:
         quantize_nf4(model.decoder)

@@ -58,9 +58,9 @@ def test_every_hack_runs_as_it_stands(diff, tmp_path):
     """To the end of the table, on the bundled model."""
     for name in ("llm2vec.py", "lora.py", "train.py", "data"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
+        copy(ROOT / name, tmp_path / name.replace("data", "llm2vec_data"))  # as when installed
     for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
-        name, *lines = part.splitlines()
+        name, *lines = part.replace("data/", "llm2vec_data/", 1).splitlines()
         old = "\n".join(line[1:] for line in lines if line[0] != "+")
         new = "\n".join(line[1:] for line in lines if line[0] != "-")
         code = (tmp_path / name).read_text()
