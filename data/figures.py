@@ -196,7 +196,8 @@ def mntp_panel(figure: Figure, place: Place, words: Sequence[str], guessed, untr
     ax.scatter(x, 146 + 0 * x, 80, [BLUE if k == i - 1 else RULE for k in range(len(x))])
     for k, word in enumerate([*words[:i], "_", *words[i + 1 :]]):
         ax.text(x[k], 221, word, color=ORANGE if k == i else INK, ha="center", bbox=box)
-        ax.text(x[k], 248, {i - 1: "i − 1", i: "i"}.get(k, ""), ha="center")
+    ax.text(x[i - 1], 248, "i − 1", ha="center")
+    ax.text(x[i], 248, "i", ha="center")
     arrow = {"arrowstyle": "->", "mutation_scale": 18, "color": BLUE, "lw": 2}
     ax.annotate("", (x[i - 1], 84), (x[i - 1], 138), arrowprops=arrow)
     bars(ax, guessed, 88, 130, HIDDEN, ".0%")
