@@ -5,17 +5,17 @@
     python -m data.figures curves RUN
     python -m data.figures bars RUN/results.json --output results.svg
 
-An SVG is text, so no plotting package is needed. Its colours follow the reader's light or dark
-mode, and it has no background of its own.
+matplotlib draws them (`pip install -e ".[figures]"`), as SVG whose colours follow the reader's
+light or dark mode, without a background of its own.
 """
 
 import argparse
 import copy
+import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,18 @@ import torch.nn.functional as F
 import llm2vec
 from llm2vec import LLM2Vec, pad, tokenize
 from llm2vec_data.benchmarks import held_out_of, mask_id_of
+from llm2vec_data.checkpoints import TINY
 from llm2vec_data.commands import cli
 from llm2vec_data.corpus import WIKIPEDIA, sentences
 from llm2vec_data.disk import read_json, reading, write_whole
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError:  # only pictures need it
+    Axes = Figure = None
 
 HERE = Path(__file__).parent
 # What the picture of the method reads: each word is one token of the tiny model.
@@ -97,191 +106,6 @@ def view_cosines(encoder: LLM2Vec, texts: Sequence[str], draws: int = 32) -> lis
     return torch.stack([view[len(rows) :] @ view[0] for view in views]).mean(0).tolist()
 
 
-# --- SVG ---------------------------------------------------------------------------------------
-
-STYLE = """
-text,rect,circle{fill:currentColor} path{fill:none;stroke:currentColor}
-.ink{color:#1f2328} .muted{color:#59636e} .rule{color:#d1d9e0}
-.blue{color:#0969da} .orange{color:#bc4c00}
-@media(prefers-color-scheme:dark){
-.ink{color:#f0f6fc} .muted{color:#9198a1} .rule{color:#3d444d}
-.blue{color:#4493f7} .orange{color:#f0883e}
-}"""
-FONT = 'font-family="system-ui,-apple-system,Segoe UI,Helvetica,Arial,sans-serif" font-size="12"'
-
-
-def svg(width: float, height: float, parts: Sequence[str]) -> str:
-    """A picture that scales with the page, and follows its light or dark mode even in <img>."""
-    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}><style>{STYLE}</style>'
-    return "\n".join([start, *parts, "</svg>"]) + "\n"
-
-
-def text(x: float, y: float, content: object, kind="ink", anchor="start") -> str:
-    place = f'x="{x:.5g}" y="{y:.5g}" text-anchor="{anchor}"'
-    return f'<text class="{kind}" {place}>{escape(str(content))}</text>'
-
-
-def box(kind: str, x: float, y: float, width: float, height: float, opacity: float = 1) -> str:
-    size = f'x="{x:.5g}" y="{y:.5g}" width="{width:.5g}" height="{height:.5g}" rx="3"'
-    return f'<rect class="{kind}" {size} fill-opacity="{opacity}"/>'
-
-
-def path(kind: str, d: str, width: float = 2, opacity: float = 1) -> str:
-    return f'<path class="{kind}" d="{d}" stroke-width="{width}" stroke-opacity="{opacity:.5g}"/>'
-
-
-def dot(kind: str, x: float, y: float, hollow: bool = False) -> str:
-    how = 'r="4" fill-opacity="0" stroke="currentColor" stroke-width="2"' if hollow else 'r="5"'
-    return f'<circle class="{kind}" cx="{x:.5g}" cy="{y:.5g}" {how}/>'
-
-
-def legend(kind: str, said: str, y: float, x: float = 0, hollow: bool = False) -> list[str]:
-    return [dot(kind, x + 6, y - 4, hollow), text(x + 18, y, said, "muted")]
-
-
-def panel(x: float, y: float, title: str, about: str, parts: Sequence[str]) -> str:
-    """Parts under a title and a line about them, moved to (x, y)."""
-    head = f'<g font-size="15" font-weight="600">{text(0, 18, title)}</g>'
-    parts = [head, text(0, 38, about, "muted"), *parts]
-    return "\n".join([f'<g transform="translate({x:g} {y:g})">', *parts, "</g>"])
-
-
-def bars(
-    rows: dict[str, float], best: str, x: float, y: float, unit: float, pitch: int, digits: str
-) -> list[str]:
-    """A bar for each row, `unit` long for 1, with its number; that of `best` is orange."""
-    parts = []
-    for k, (name, value) in enumerate(rows.items()):
-        kind, top, width = ("blue", "orange")[name == best], y + pitch * k, max(2, unit * value)
-        middle = top + pitch / 2 - 1
-        parts.append(text(x - 10, middle, name, anchor="end"))
-        parts.append(box(kind, x, top, width, pitch - 10))
-        parts.append(text(x + width + 8, middle, format(value, digits), kind))
-    return parts
-
-
-# --- The method --------------------------------------------------------------------------------
-
-
-def mask_panel(place: tuple[float, float], words: Sequence[str]) -> str:
-    """Step 1: a row for each token, with a cell for each that it attends to, blue if causally."""
-    T, left, top = len(words), 70, 112
-    cell, causal = 156 / T, llm2vec.attention_mask(torch.ones(1, T), is_causal=True)[0, 0]
-    parts = legend("blue", "causal: what came before", 302)
-    parts += legend("orange", "step 1 adds what comes after", 322)
-    for i, word in enumerate(words):
-        x, y = left + (i + 0.5) * cell, top + (i + 0.5) * cell
-        start = f'<g transform="translate({x + 4:g} {top - 8}) rotate(-45)">'
-        parts += [start, text(0, 0, word), "</g>"]
-        parts.append(text(left - 10, y + 4, word, anchor="end"))
-        for j in range(T):
-            kind = "blue" if causal[i, j] else "orange"
-            parts.append(box(kind, left + j * cell, y - cell / 2, cell - 2, cell - 2))
-    return panel(*place, "1 · Look both ways", "The mask opens, no weight changes.", parts)
-
-
-def mntp_panel(
-    place: tuple[float, float], words: Sequence[str], likeliest: dict[str, float], untrained: float
-) -> str:
-    """Step 2: the state before a hidden token, and what it guesses."""
-    i, x = words.index(HIDDEN), 0.0
-    shown, names = [*words[:i], "_", *words[i + 1 :]], {i - 1: "i − 1", i: "i"}
-    unit = 275 / sum(len(word) + 2.4 for word in shown)  # the width of a letter
-    parts = bars(likeliest, HIDDEN, 88, 64, 130, 24, ".0%")
-    parts.append(box("ink", 0, 220, 270, 28, 0.08))
-    parts.append(text(135, 238, "decoder, looking both ways", "muted", "middle"))
-    for k, word in enumerate(shown):
-        width, kind = unit * (len(word) + 2.4) - 5, ("ink", "orange")[k == i]
-        middle = x + width / 2
-        parts.append(box(kind, x, 258, width, 26, 0.12))
-        parts.append(text(middle, 275, word, kind, "middle"))
-        parts.append(text(middle, 302, names.get(k, ""), "muted", "middle"))
-        parts.append(path("rule", f"M{middle:g} 258v-10m0 -28v-16", 1))
-        parts.append(dot(("rule", "blue")[k == i - 1], middle, 200))
-        if k == i - 1:
-            parts.append(path("blue", f"M{middle:g} 188v-46m-5 6l5 -6l5 6"))
-        x += width + 5
-    parts.append(text(0, 322, f"Looking back only, untrained: {HIDDEN} {untrained:.0%}", "muted"))
-    return panel(*place, "2 · Name what is hidden", "MNTP: read off the state before it.", parts)
-
-
-def simcse_panel(place: tuple[float, float], cosines: dict[str, tuple[float, float]]) -> str:
-    """Step 3: cosines of a sentence with others, before and after."""
-    parts = legend("muted", "before", 322, hollow=True)
-    parts += legend("muted", "after SimCSE", 322, 90)
-    for k, (said, pair) in enumerate(cosines.items()):
-        y, kind, (x, x1) = 91 + 46 * k, ("blue", "orange")[k == 0], np.clip(pair, 0, 1) * 150
-        parts += [text(0, y - 15, said), path("rule", f"M0 {y}H150")]
-        parts += [path(kind, f"M{x:.5g} {y}H{x1:.5g}"), dot(kind, x, y, True), dot(kind, x1, y)]
-        parts.append(text(240, y + 4, "{:.2f} → {:.2f}".format(*pair), kind, "end"))
-    return panel(*place, "3 · Tell sentences apart", "SimCSE: cosines of this sentence with", parts)
-
-
-def draw_method(args: argparse.Namespace) -> str:
-    if len(args.adapters) != 2:
-        raise ValueError("--adapters: expected two, which MNTP and SimCSE trained")
-    steps = (llm2vec.load(args, adapters=args.adapters[:n], is_causal=n == 0) for n in range(3))
-    _, _, untrained = guesses(next(steps), SENTENCE, HIDDEN)
-    model, texts = next(steps), [SENTENCE, *OTHERS]
-    words, likeliest, _ = guesses(model, SENTENCE, HIDDEN)
-    pairs = zip(view_cosines(model, texts), view_cosines(next(steps), texts), strict=True)
-    cosines = dict(zip(["itself, under other dropout", *OTHERS], pairs, strict=True))
-    places = [(30, 0), (30, 360), (30, 720)] if args.narrow else [(0, 0), (285, 0), (590, 0)]
-    parts = [mask_panel(places[0], words), mntp_panel(places[1], words, likeliest, untrained)]
-    parts.append(simcse_panel(places[2], cosines))
-    return svg(*((330, 1050) if args.narrow else (830, 330)), parts)
-
-
-# --- Layers ------------------------------------------------------------------------------------
-
-
-def shades(cosines: np.ndarray, place: str) -> str:
-    """A path over the cells (layer, position) of each shade, moved and scaled by `place`.
-
-    A shade is the cube of its cosine: most are near 1, and would look the same.
-    """
-    level, parts = np.round(np.clip(cosines, 0, 1) * 40), []
-    for value in np.unique(level[level > 0]).tolist():
-        cells = np.argwhere(level == value).tolist()
-        d = "".join(f"M{i} {len(cosines) - layer - 0.5}h1" for layer, i in cells)
-        parts.append(path("blue", d, 1, (value / 40) ** 3))
-    return f'<g transform="{place}" shape-rendering="crispEdges">{"".join(parts)}</g>'
-
-
-def heat_map_svg(panels: dict[str, np.ndarray]) -> str:
-    """Panels of (layers, positions) cosines side by side, by title, the last layer on top."""
-    layers, positions = next(iter(panels.values())).shape
-    cell, x, parts = max(7, min(20, 120 / layers)), 30, []
-    bottom = 54 + layers * cell
-    for title, cosines in panels.items():
-        own = [shades(cosines, f"translate(0 54) scale(7.5 {cell:g})")]
-        for i in range(0, positions, 8):
-            own.append(text(7.5 * i + 4, bottom + 16, i, "muted", "middle"))
-        for i in {0, layers - 1, *range(4, layers - 2, 5)} if x == 30 else ():
-            own.append(text(-8, bottom - (i + 0.5) * cell + 4, i + 1, "muted", "end"))
-        parts.append(panel(x, 0, title, f"mean {np.nanmean(cosines):.2f}", own))
-        x += 7.5 * positions + 26
-    said = "Cosine of causal and bidirectional states, by layer (upwards) and token: 0"
-    parts += [text(30, bottom + 46, said, "muted"), text(620, bottom + 46, "1", "muted")]
-    parts.append(shades(np.arange(1, 21)[None] / 20, f"translate(490 {bottom + 36}) scale(6 12)"))
-    return svg(max(x - 22, 640), bottom + 58, parts)
-
-
-def draw_layers(args: argparse.Namespace) -> str:
-    held_out, panels = held_out_of(args.corpus), {}
-    texts = [sentence for document in held_out for sentence in sentences(document)][:200]
-    for n, name in enumerate([args.model, *args.adapters]):
-        title = ("+ " if n else "") + Path(name).name
-        cosines = layer_cosines(llm2vec.load(args, adapters=args.adapters[:n]), texts)
-        print(f"{title}, by layer:", *(f"{c:.2f}" for c in np.nanmean(cosines, axis=1)))
-        panels[title] = cosines
-    return heat_map_svg(panels)
-
-
-# --- Curves and bars ---------------------------------------------------------------------------
-
-
 def read_log(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and their losses, by stage, from the log.jsonl of a run folder or of those in it."""
     files, logs = [*Path(run).glob("log.jsonl"), *Path(run).glob("*/log.jsonl")], {}
@@ -296,27 +120,175 @@ def read_log(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     return logs
 
 
-def curves_svg(logs: dict[str, list[tuple[int, float]]]) -> str:
-    """The loss by step, a panel for each stage, two in a row."""
-    parts, width, height, bottom = [], 340, 180, 238
-    for n, (title, points) in enumerate(logs.items()):
-        steps, most, own = points[-1][0], max(loss for _, loss in points) or 1.0, []
-        unit = 10.0 ** math.floor(math.log10(most))
-        rules = math.ceil(most / unit)  # lines a unit apart, the last above all
-        for k in range(rules + 1):
-            y = bottom - height * k / rules
-            own.append(path("rule", f"M0 {y:g}H{width}", 1))
-            own.append(text(-8, y + 4, f"{unit * k:g}", "muted", "end"))
-        for k in range(5):
-            own.append(text(width * k / 4, bottom + 18, f"{steps * k / 4:g}", "muted", "middle"))
-        across, up = width / steps, height / rules / unit  # pixels for a step, and for a nat
-        line = (f"{across * step:.1f},{bottom - up * loss:.1f}" for step, loss in points)
-        own.append(path("blue", "M" + " ".join(line)))
-        parts.append(panel(44 + 420 * (n % 2), 276 * (n // 2), title, "loss (nats) by step", own))
-    return svg(410 if len(logs) == 1 else 830, 276 * math.ceil(len(logs) / 2), parts)
+# --- Drawing -----------------------------------------------------------------------------------
+
+# Each colour on a light page, and what stands for it on a dark one.
+COLOURS = {"#1f2328": "#f0f6fc", "#59636e": "#9198a1", "#d1d9e0": "#3d444d", "#e6e8eb": "#262c36"}
+COLOURS |= {"#0969da": "#4493f7", "#bc4c00": "#f0883e"}
+INK, MUTED, RULE, FAINT, BLUE, ORANGE = COLOURS
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "", "text.parse_math": False, "font.size": 12}
+STYLE |= {"font.sans-serif": "DejaVu Sans", "text.color": MUTED, "grid.color": RULE}
+FONTS = "system-ui,-apple-system,Segoe UI,Helvetica,Arial,sans-serif"
+Place = tuple[float, float, float, float]  # x, y, width, height in pixels from the upper left
 
 
-def draw_bars(args: argparse.Namespace) -> str:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many pixels: at 72 dots per inch, a point is a pixel."""
+    if Figure is None:
+        raise ValueError('pictures need matplotlib: pip install -e ".[figures]"')
+    matplotlib.rcParams.update(STYLE)
+    return Figure((width / 72, height / 72), dpi=72, frameon=False)
+
+
+def panel(figure: Figure, place: Place, title: str = "", about: str = "") -> Axes:
+    """Axes of pixels below a title and a line about them."""
+    (x, y, width, height), (w, h) = place, figure.bbox.size
+    ax = figure.add_axes((x / w, 1 - (y + height) / h, width / w, height / h), facecolor="none")
+    ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    ax.tick_params(length=0, labelcolor=MUTED)
+    ax.spines[:].set_visible(False)
+    figure.text(x / w, 1 - (y - 36) / h, title, size=15, weight="bold", color=INK)
+    figure.text(x / w, 1 - (y - 16) / h, about)
+    return ax
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG that follows the reader's light or dark mode, even in <img>."""
+    out, dark = io.StringIO(), ""
+    figure.savefig(out, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+    for colour, other in COLOURS.items():
+        for key in ("fill", "stroke"):
+            dark += f'[style*="{key}: {colour}"]{{{key}:{other}!important}}'
+    css = f"[id^=cells]{{shape-rendering:crispEdges}}@media(prefers-color-scheme:dark){{{dark}}}"
+    picture = out.getvalue().replace('pt"', '"', 2)  # the unit of its width and height
+    return picture.replace("</style>", css + "</style>").replace("'DejaVu Sans', sans-serif", FONTS)
+
+
+def bars(ax: Axes, rows: dict[str, float], x: float, unit: float, best: str, digits: str) -> None:
+    """A bar for each row, from x on and `unit` long for 1; that of `best` is orange."""
+    for k, (name, value) in enumerate(rows.items()):
+        y, width, colour = 12 + 24 * k, max(2, unit * value), ORANGE if name == best else BLUE
+        ax.barh(y, width, 10, left=x, color=colour, ec=colour, lw=4, joinstyle="round")
+        ax.text(x - 10, y + 4, name, color=INK, ha="right")
+        ax.text(x + width + 8, y + 4, format(value, digits), color=colour)
+
+
+def mask_panel(figure: Figure, place: Place, words: Sequence[str]) -> None:
+    """Step 1: a row for each token, with a cell for each that it attends to, blue if causally."""
+    ax = panel(figure, place, "1 · Look both ways", "The mask opens, no weight changes.")
+    T, cell = len(words), 156 / len(words)
+    causal = llm2vec.attention_mask(torch.ones(1, T), is_causal=True).flatten()
+    y, x = (np.indices((T, T)).reshape(2, -1) + 0.5) * cell
+    ax.scatter(69 + x, 57 + y, (cell - 6) ** 2, np.where(causal, BLUE, ORANGE), marker="s", lw=4)
+    for middle, word in zip(x[:T], words, strict=True):
+        ax.text(60, 62 + middle, word, color=INK, ha="right")
+        ax.text(74 + middle, 50, word, color=INK, rotation=45, rotation_mode="anchor")
+    ax.text(0, 248, "■ causal: what came before", color=BLUE)
+    ax.text(0, 268, "■ step 1 adds what comes after", color=ORANGE)
+
+
+def mntp_panel(figure: Figure, place: Place, words: Sequence[str], guessed, untrained) -> None:
+    """Step 2: the state before a hidden token, and what it guesses."""
+    ax = panel(figure, place, "2 · Name what is hidden", "MNTP: read off the state before it.")
+    i, x = words.index(HIDDEN), np.linspace(16, 258, len(words))
+    box = {"boxstyle": "round,pad=0.5", "fc": FAINT, "ec": "none"}
+    ax.vlines(x, 146, 206, RULE, lw=1, zorder=0)
+    ax.axhspan(166, 194, color=FAINT)
+    ax.text(135, 184, "decoder, looking both ways", ha="center")
+    ax.scatter(x, 146 + 0 * x, 80, [BLUE if k == i - 1 else RULE for k in range(len(x))])
+    for k, word in enumerate([*words[:i], "_", *words[i + 1 :]]):
+        ax.text(x[k], 221, word, color=ORANGE if k == i else INK, ha="center", bbox=box)
+    ax.text(x[i - 1], 248, "i − 1", ha="center")
+    ax.text(x[i], 248, "i", ha="center")
+    arrow = {"arrowstyle": "->", "mutation_scale": 18, "color": BLUE, "lw": 2}
+    ax.annotate("", (x[i - 1], 84), (x[i - 1], 138), arrowprops=arrow)
+    bars(ax, guessed, 88, 130, HIDDEN, ".0%")
+    ax.text(0, 268, f"Looking back only, untrained: {HIDDEN} {untrained:.0%}")
+
+
+def simcse_panel(figure: Figure, place: Place, cosines: dict[str, tuple[float, float]]) -> None:
+    """Step 3: cosines of a sentence with others, before and after."""
+    ax = panel(figure, place, "3 · Tell sentences apart", "SimCSE: cosines of this sentence with")
+    for k, (said, pair) in enumerate(cosines.items()):
+        y, colour, (x, x1) = 37 + 46 * k, BLUE if k else ORANGE, np.clip(pair, 0, 1) * 150
+        ax.hlines([y, y], [0, x], [150, x1], [RULE, colour], lw=2)
+        ax.plot(x, y, "o", color=colour, mfc="none", ms=8, mew=2)
+        ax.plot(x1, y, "o", color=colour, ms=9)
+        ax.text(0, y - 15, said, color=INK)
+        ax.text(240, y + 4, "{:.2f} → {:.2f}".format(*pair), color=colour, ha="right")
+    ax.text(0, 268, "○ before, ● after SimCSE")
+
+
+def draw_method(args: argparse.Namespace) -> Figure:
+    if len(args.adapters) != 2:
+        raise ValueError("--adapters: expected two, which MNTP and SimCSE trained")
+    figure = new_figure(*((330, 1050) if args.narrow else (830, 330)))
+    steps = (llm2vec.load(args, adapters=args.adapters[:n], is_causal=n == 0) for n in range(3))
+    _, _, untrained = guesses(next(steps), SENTENCE, HIDDEN)
+    model, texts = next(steps), [SENTENCE, *OTHERS]
+    words, guessed, _ = guesses(model, SENTENCE, HIDDEN)
+    pairs = zip(view_cosines(model, texts), view_cosines(next(steps), texts), strict=True)
+    cosines = dict(zip(["itself, under other dropout", *OTHERS], pairs, strict=True))
+    corners = [(30, 54), (30, 414), (30, 774)] if args.narrow else [(0, 54), (285, 54), (590, 54)]
+    one, two, three = ((*corner, 270, 276) for corner in corners)
+    mask_panel(figure, one, words)
+    mntp_panel(figure, two, words, guessed, untrained)
+    simcse_panel(figure, three, cosines)
+    return figure
+
+
+def shade(ax: Axes, cosines: np.ndarray) -> None:
+    """A row of cells for each layer, the first one lowest; NaN is left out.
+
+    A shade is the cube of its cosine: most are near 1, and would look the same. All cells of a
+    shade are one thick line with gaps, for a path for each of them would make the file large.
+    """
+    level = np.pad(np.round(np.clip(cosines, 0, 1) * 40), ((0, 0), (0, 1))).repeat(2, axis=1)
+    y, x = np.indices(level.shape)
+    edges, (layers, positions) = (x.ravel() + 1) // 2 - 0.5, cosines.shape
+    how = {"lw": ax.bbox.height / layers, "solid_capstyle": "butt", "color": BLUE}
+    for value in np.unique(level[level > 0]):
+        line = np.where(level == value, y + 1, np.nan).ravel()
+        ax.plot(edges, line, alpha=(value / 40) ** 3, **how)
+    ax.set(xlim=(-0.5, positions - 0.5), ylim=(0.5, layers + 0.5))
+    ax.set_gid(f"cells{len(ax.figure.axes)}")  # for which svg() has a rule
+
+
+def draw_layers(args: argparse.Namespace) -> Figure:
+    held_out, names = held_out_of(args.corpus), [args.model, *args.adapters]
+    texts = [sentence for document in held_out for sentence in sentences(document)][:200]
+    figure = new_figure(max(266 * len(names) + 8, 640), 322)
+    for n, name in enumerate(names):
+        title = ("+ " if n else "") + Path(name).name
+        cosines = layer_cosines(llm2vec.load(args, adapters=args.adapters[:n]), texts)
+        print(f"{title}, by layer:", *(f"{c:.2f}" for c in np.nanmean(cosines, axis=1)))
+        ax = panel(figure, (30 + 266 * n, 54, 240, 210), title, f"mean {np.nanmean(cosines):.2f}")
+        shade(ax, cosines)
+        ax.set_xticks(range(0, 32, 8))
+        ax.set_yticks([] if n else sorted({1, *range(5, len(cosines) - 1, 5), len(cosines)}))
+    scale = panel(figure, (490, 300, 120, 12))
+    shade(scale, np.arange(1, 21)[None] / 20)
+    said = "Cosine of causal and bidirectional states, by layer (upwards) and token: 0"
+    scale.text(-1.5, 0.7, said, ha="right")
+    scale.text(20.5, 0.7, "1")
+    return figure
+
+
+def draw_curves(args: argparse.Namespace) -> Figure:
+    logs = read_log(args.run)
+    figure = new_figure(410 if len(logs) == 1 else 830, 276 * math.ceil(len(logs) / 2))
+    for n, (title, points) in enumerate(logs.items()):  # two in a row
+        place = (44 + 420 * (n % 2), 54 + 276 * (n // 2), 340, 184)
+        ax = panel(figure, place, title, "loss (nats) by step")
+        ax.plot(*zip(*points, strict=True), color=BLUE, lw=2, clip_on=False)
+        ax.set(xlim=(0, points[-1][0]), ylim=(0, 1.05 * max(loss for _, loss in points) or 1))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(6))
+        ax.grid(axis="y", clip_on=False)
+    return figure
+
+
+def draw_bars(args: argparse.Namespace) -> Figure:
     rows, scores = read_json(Path(args.table)), {}
     with reading(args.table):
         for name, runs in rows.items():
@@ -325,9 +297,11 @@ def draw_bars(args: argparse.Namespace) -> str:
                 scores[name] = float(np.mean([run[args.score] for run in runs]))
         if not scores:
             raise ValueError(f"no row has the score {args.score}")
-    best = max(scores, key=scores.get)
-    parts = bars(scores, best, 200, 36, 560 / max(scores[best], 1e-9), 34, ".3f")
-    return svg(830, 40 + 34 * len(scores), [panel(0, 0, args.title or args.score, "", parts)])
+    best, height = max(scores, key=scores.get), 24 * len(scores)
+    figure = new_figure(830, 54 + height)
+    ax = panel(figure, (0, 54, 830, height), args.title or args.score)
+    bars(ax, scores, 200, 560 / max(scores[best], 1e-9), best, ".3f")
+    return figure
 
 
 # --- Command line ------------------------------------------------------------------------------
@@ -337,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.figures", description="Draw pictures.")
     commands = parser.add_subparsers(required=True)
     method = commands.add_parser("method", help="the three steps, with a model's own numbers")
-    llm2vec.add_model_flags(method, default=HERE / "tiny-llama")
+    llm2vec.add_model_flags(method, default=TINY)
     method.set_defaults(draw=draw_method, adapters=["runs/tiny/mntp", "runs/tiny/simcse"])
     method.add_argument("--narrow", action="store_true", help="the steps one below the other")
     method.add_argument("--output", default=HERE / "pictures" / "method.svg")
@@ -347,7 +321,7 @@ def main() -> None:
     layers.add_argument("--corpus", default=WIKIPEDIA, help="its held-out documents are read")
     layers.add_argument("--output", default="layers.svg")
     curves = commands.add_parser("curves", help="the loss of a run by step")
-    curves.set_defaults(draw=lambda args: curves_svg(read_log(args.run)))
+    curves.set_defaults(draw=draw_curves)
     curves.add_argument("run", metavar="RUN", help="folder with a log.jsonl, or with such folders")
     curves.add_argument("--output", help="(default: RUN/curves.svg)")
     table = commands.add_parser("bars", help="a score of each row of a table")
@@ -358,7 +332,7 @@ def main() -> None:
     table.add_argument("--output", default="bars.svg")
     args = parser.parse_args()
     file = Path(args.output or f"{args.run}/curves.svg")
-    write_whole(file, args.draw(args).encode())
+    write_whole(file, svg(args.draw(args)).encode())
     print(file)
 
 
