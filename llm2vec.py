@@ -49,7 +49,7 @@ from llm2vec_data.disk import read_json, reading
 from llm2vec_data.encode import count_cut, encode_file, tell_cut
 from llm2vec_data.export import save_encoder
 from llm2vec_data.processes import default_device, has_bfloat16
-from lora import load_adapter, merge_lora, read_extra
+from lora import load_adapter, load_extra, merge_lora
 
 
 @dataclass
@@ -348,9 +348,8 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
                 if UNUSED.match(key):
                     unused.append(name)
                 elif key in wanted:
-                    weight = check_tensor(
-                        tensors.get_tensor(name), name, wanted.pop(key).shape, dtype
-                    )
+                    shape, weight = wanted.pop(key).shape, tensors.get_tensor(name)
+                    weight = check_tensor(weight, name, shape, dtype)
                     module, _, leaf = key.rpartition(".")
                     weight = nn.Parameter(weight, requires_grad=False)
                     setattr(decoder.get_submodule(module), leaf, weight)
@@ -644,15 +643,16 @@ class LLM2Vec(nn.Module):
         decoder = Decoder.from_pretrained(path_or_name, dtype, device)
         decoder.config.is_causal = options.pop("is_causal")  # False is step 1 of the method, entire
         model = cls(decoder, tokenizer, **options).to(device).eval()
-        if (
-            folder / checkpoints.EXTRA
-        ).exists():  # of an exported encoder: the modules beside its decoder
-            for parameter, weight in read_extra(folder / checkpoints.EXTRA, model).values():
-                parameter.data.copy_(weight)
+        load_extra(model, folder)  # of an exported encoder: the modules beside its decoder
         for adapter in adapters:
             load_adapter(model, adapter)
             merge_lora(model)
         return model
+
+    @property
+    def width(self) -> int:
+        """Numbers in a vector."""
+        return self.decoder.config.hidden_size
 
     def rows(
         self, texts: Sequence[str], instruction: str | None = None, max_length: int | None = None
@@ -687,7 +687,7 @@ class LLM2Vec(nn.Module):
         Vectors have length 1 if `normalize`. Raises ValueError for what is not a string.
         """
         rows = self.rows([texts] if isinstance(texts, str) else texts, instruction)
-        vectors = np.empty((len(rows), self.decoder.config.hidden_size), np.float32)
+        vectors = np.empty((len(rows), self.width), np.float32)
         self.eval()
         done, lengths = 0, [len(ids) for ids, _ in rows]
         for batch in batches_by_length(lengths, max_tokens, min_batch_tokens(self.decoder)):
@@ -792,11 +792,8 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
     add = command.add_argument
     add("--model", help="checkpoint folder, or a name on the Hugging Face hub", **how)
     add("--adapters", nargs="*", default=[], help="adapters to merge first, in order: the same")
-    add(
-        "--template",
-        choices=checkpoints.TEMPLATES,
-        help="what stands around a text, for an instruct model",
-    )
+    text = "what stands around a text, for an instruct model"
+    add("--template", choices=checkpoints.TEMPLATES, help=text)
     text = "between an instruction and a text (default: as the folder says, else a line break)"
     add("--separator", help=text)
     add("--dtype", choices=("float32", "bfloat16"), help="type of the weights")
@@ -833,12 +830,10 @@ def main() -> None:
         add("--max-length", type=int, metavar="N", help="tokens that are read of a text, at most")
     args = parser.parse_args()
     if args.command == "similar" and not args.texts:  # --adapters has taken them
-        names = enumerate(args.adapters)
-        n = next(
-            (i for i, name in names if i and not checkpoints.is_folder_or_hub_name(name)), None
-        )
-        if n is None:
+        known = [checkpoints.is_folder_or_hub_name(name) for name in args.adapters]
+        if all(known[1:]):
             similar.error("no sentences: give two or more, each in quotation marks")
+        n = known.index(False, 1)
         args.adapters, args.texts = args.adapters[:n], args.adapters[n:]
     model = load(args, pooling=args.pooling, max_length=args.max_length)
     if args.command == "encode":

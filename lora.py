@@ -200,9 +200,9 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
     if (folder / ADAPTER[0]).exists():
         config = read_adapter_config(folder / ADAPTER[0])
         pairs = read_matrices(folder / ADAPTER[1], config, dict(decoder_of(model).named_modules()))
-    extra = read_extra(folder / EXTRA, model) if (folder / EXTRA).exists() else {}
     if (folder / "log.jsonl").exists() and not (folder / "finished").exists():
         print(f"{folder}: a run that is not finished, as of its newest state", file=sys.stderr)
+    load_extra(model, folder)
     decoder_of(model).requires_grad_(False)
     for name, (module, pair) in pairs.items():
         rank = pair["lora_A"].shape[0]
@@ -211,10 +211,6 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
         adapt(module, rank, scale, config.get("lora_dropout", 0.0))
         for part in PARTS:
             getattr(module, part).weight.copy_(pair[part])
-    for parameter, weight in extra.values():
-        parameter.copy_(weight)
-    if any(name.startswith("decoder.") for name in extra):
-        decoder_of(model).name_or_path = None  # no checkpoint has these weights
 
 
 def read_matrices(file: Path, config: dict, modules: dict[str, nn.Module]) -> dict[str, tuple]:
@@ -235,17 +231,22 @@ def read_matrices(file: Path, config: dict, modules: dict[str, nn.Module]) -> di
     return found
 
 
-def read_extra(file: Path, model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """What was trained beside adapters: for each name, the model's parameter and its new value."""
-    start = "" if decoder_of(model) is not model else "decoder."
+def load_extra(model: nn.Module, folder: Path) -> None:
+    """Give parameters of a model the values in a folder's extra.safetensors, if it has one."""
+    file, start = folder / EXTRA, "" if decoder_of(model) is not model else "decoder."
+    if not file.exists():
+        return
     known, found = {start + name: p for name, p in model.named_parameters()}, {}
     with reading(file):
         for name, weight in load_file(file).items():
-            p = known.get(name)
-            if p is None:
+            if name not in known:
                 raise ValueError(f"{name} has no place in this {type(model).__name__}")
-            found[name] = p, check_tensor(weight, name, p.shape, p.dtype)
-    return found
+            p = known[name]
+            found[name] = check_tensor(weight, name, p.shape, p.dtype)
+    for name, weight in found.items():
+        known[name].data.copy_(weight)
+    if any(name.startswith("decoder.") for name in found):
+        decoder_of(model).name_or_path = None  # no checkpoint has these weights
 
 
 # --- Dropout on a CPU --------------------------------------------------------------------------

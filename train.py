@@ -408,8 +408,7 @@ def gradcache(
         torch.manual_seed(seed + part[0])
         return model.embed([rows[i] for i in part])
 
-    d = model.decoder.config.hidden_size
-    vectors = torch.zeros(len(rows), d, device=model.decoder.device)
+    vectors = torch.zeros(len(rows), model.width, device=model.decoder.device)
     with torch.no_grad():
         for part in parts:
             vectors[part] = vectors_of(part)

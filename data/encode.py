@@ -76,7 +76,7 @@ def encode_file(
 
 def write_header(out: BinaryIO, model, number: int) -> None:
     """The header of a .npy file of vectors, in which numpy leaves room for a larger number."""
-    shape = (number, model.decoder.config.hidden_size)
+    shape = (number, model.width)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(out, header)
 
