@@ -387,9 +387,9 @@ def tokenize(
 
     At most max_length tokens each: the end of a longer text is cut. What stands behind a text (a
     template's closing marker, EOS) counts as its own, as in the authors' encoder and in
-    sentence-transformers. A text without any token has all that stands there for its own, or token
-    0 where nothing does, so that its vector is finite. Raises ValueError for what is not a string,
-    and where an instruction or template leaves no room for text.
+    sentence-transformers. A text without any token has all that stands there for its own; where
+    nothing does, it has no token of its own and the vector 0, as in sentence-transformers. Raises
+    ValueError for what is not a string, and where an instruction or template leaves no room.
     """
     if isinstance(texts, str):
         raise ValueError("texts is one string, expected a list of strings: put it in brackets")
@@ -416,7 +416,7 @@ def tokenize(
         if start == 0 and lead and text.strip():
             raise ValueError(f"the instruction leaves no room in {max_length} tokens: {lead!r:.60}")
         own = [i >= start for i in range(len(e.ids))]
-        rows.append((e.ids, own) if e.ids else ([0], [True]))
+        rows.append((e.ids, own) if e.ids else ([0], [False]))
     return rows
 
 
@@ -515,27 +515,27 @@ def mntp_loss(
     """
     hidden = decoder(masked_ids, segments)[:, :-1]  # the state at i - 1 ...
     target = chosen[:, 1:]  # ... predicts the token at i
-    loss = sum_of_cross_entropy(decoder, hidden[target], input_ids[:, 1:][target])
-    return loss / max(1, int(target.sum()) if total is None else total)
+    losses = cross_entropy(decoder, hidden[target], input_ids[:, 1:][target])
+    return losses.sum() / max(1, int(target.sum()) if total is None else total)
 
 
 CHUNK = 2**25  # logits that are in memory at once
 
 
-def sum_of_cross_entropy(decoder: Decoder, states: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of tokens (n,) given states (n, d), summed.
+def cross_entropy(decoder: Decoder, states: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each of the tokens (n,) given states (n, d): (n,) float32.
 
     Many logits are computed in chunks, and again in the backward pass, instead of being kept.
     """
 
     def loss_of(states: Tensor, tokens: Tensor) -> Tensor:
-        return F.cross_entropy(decoder.logits(states).float(), tokens, reduction="sum")
+        return F.cross_entropy(decoder.logits(states).float(), tokens, reduction="none")
 
     n = max(1, CHUNK // decoder.config.vocab_size)
     if len(states) <= n:
         return loss_of(states, tokens)
     chunks = zip(states.split(n), tokens.split(n), strict=True)
-    return sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
+    return torch.cat([checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 # --- Step 3: contrastive learning --------------------------------------------------------------
@@ -796,6 +796,10 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
     add("--template", choices=checkpoints.TEMPLATES, help=text)
     text = "between an instruction and a text (default: as the folder says, else a line break)"
     add("--separator", help=text)
+    direction = {"dest": "is_causal", "action": "store_const"}
+    add("--causal", const=True, help="attend to the left only", **direction)
+    text = "attend both ways (default: as the folder says; a language model both ways)"
+    add("--bidirectional", const=False, help=text, **direction)
     add("--dtype", choices=("float32", "bfloat16"), help="type of the weights")
     add("--device", choices=("cuda", "mps", "cpu"), help="(default: the first that is there)")
     text = "fuse the layers by torch.compile: it takes a minute, and pays on a GPU"
@@ -805,7 +809,8 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
 def load(args: argparse.Namespace, **how) -> LLM2Vec:
     """The model that the flags name; `how` goes before them."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    given = {name: getattr(args, name) for name in ("adapters", "template", "device", "separator")}
+    names = ("adapters", "template", "device", "separator", "is_causal")
+    given = {name: getattr(args, name) for name in names}
     model = LLM2Vec.from_pretrained(args.model, **given | {"dtype": dtype} | how)
     if args.compile:
         compile_layers(model.decoder)

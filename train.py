@@ -60,16 +60,22 @@ class Settings:
     steps: int = setting("optimiser steps", 1000)
     epochs: int | None = setting("times through the data, instead of --steps", None)
     lr: float = setting("learning rate at its peak", 5e-5)
-    warm_up: int = setting("steps of linear warm-up before the linear decay to zero", 0)
+    warm_up: float = setting(
+        "steps of linear warm-up before the linear decay to zero; below 1: a share of --steps", 0.0
+    )
     decay_epochs: float | None = setting(
         "times through the data by which the rate is zero, if more than --steps", None
     )
     rank: int = setting("rank of the adapters", 16)
     alpha: float | None = setting("over rank, it scales the adapters; default: twice rank", None)
+    targets: list[str] = setting("ends of the names of what is adapted; default: all seven", [])
     dropout: float = setting("dropout on the input of the adapters", 0.05)
     attention_dropout: float = setting("dropout on the attention weights", 0.0)
     dev: str | None = setting(
         "STS file to score every --save-every steps: the best step is kept", None
+    )
+    patience: int | None = setting(
+        "scores in turn that are no better than the best one, after which the run stops", None
     )
     max_tokens: int = setting(
         "tokens in one forward pass; lower it to save memory", 8192, same_result=True
@@ -84,8 +90,8 @@ class Settings:
         check_settings(self)
 
     def for_model(self, model: LLM2Vec) -> "Settings":
-        """The same settings, with the defaults that depend on the model filled in."""
-        return self
+        """A copy, with the defaults that depend on the model filled in."""
+        return replace(self)
 
 
 # --- The loop ----------------------------------------------------------------------------------
@@ -102,23 +108,30 @@ def fit(
 
     AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. `backward`
     takes a batch and the number of the step, from 0; it leaves this process's part of the
-    gradients, and returns its part of the loss and the tokens of the batch.
+    gradients, and returns its part of the loss and the tokens of the batch. With settings.epochs,
+    settings.steps is set before the first step.
 
     Everything random in a step follows from the seed and the number of the step, so a run that was
     stopped goes on from its newest state and ends with the same bits as one that was not.
     """
     batches = Batches(datasets, settings)
-    settings, epoch = batches.settings, len(batches.slots)
     identity = fingerprint(model, datasets, settings, CODE)
     run = RunFolder(folder, settings, identity, lambda: dev_score(model, settings))
     if run.finished:
         log(f"{folder}: finished before; --overwrite trains it anew")
+        lora.remove_lora(model)
         lora.load_adapter(model, folder)
         return merge(model)
+    if settings.warm_up > settings.steps:
+        log(f"--warm-up {settings.warm_up:g} is longer than the run: the rate never reaches --lr")
     torch.manual_seed(settings.seed)
-    lora.add_lora(model.decoder, settings.rank, settings.alpha, settings.dropout)
+    if not lora.adapted(model):  # of --train-adapter, which goes on
+        how = {"dropout": settings.dropout, "targets": settings.targets or None}
+        lora.add_lora(model.decoder, settings.rank, settings.alpha, **how)
     trained = lora.trained(model)  # by name: adapters, and what stands beside the decoder
     parameters = list(trained.values())
+    if any(p.dtype != torch.float32 for p in parameters):
+        raise ValueError("weights of less than float32 are too coarse to train: --dtype float32")
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     with training(model, settings):
         for step in range(run.restore(trained, optimizer), settings.steps):
@@ -129,7 +142,7 @@ def fit(
                 run.save(step, model, trained, optimizer)
                 what = f"step {step + 1}: the loss is {loss} and the norm of the gradient {norm}"
                 raise ValueError(f"{what}; the state before it is in {folder}")
-            lr = learning_rate(step, settings, epoch)
+            lr = learning_rate(step, settings, len(batches.slots))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -137,6 +150,8 @@ def fit(
             run.log(step + 1, loss, lr, tokens, run.score(step + 1, trained))
             if (step + 1) % settings.save_every == 0:
                 run.save(step + 1, model, trained, optimizer)
+            if not run.patient:
+                break
         run.finish(model, trained)
     merge(model)
 
@@ -155,18 +170,20 @@ def dev_score(model: LLM2Vec, settings: Settings) -> float:
 @contextlib.contextmanager
 def training(model: LLM2Vec, settings: Settings) -> Iterator[None]:
     """What training changes on a model, and puts back; adapters go where it is interrupted."""
-    decoder, was_training = model.decoder, model.training
-    before = decoder.config.attention_dropout, decoder.recompute
+    decoder, was_training, recompute = model.decoder, model.training, model.decoder.recompute
+    before = dict(vars(decoder.config))
     decoder.config.attention_dropout = settings.attention_dropout
     decoder.recompute = min(settings.recompute, len(decoder.layers))
     try:
         yield
     except BaseException:
         lora.remove_lora(model)
+        decoder.requires_grad_(False)
         raise
     finally:
         model.train(was_training)
-        decoder.config.attention_dropout, decoder.recompute = before
+        vars(decoder.config).update(before)
+        decoder.recompute = recompute
 
 
 def within_memory(
@@ -199,8 +216,9 @@ def learning_rate(step: int, settings: Settings, epoch: int = 0) -> float:
     It is 0 at the end of the run, or behind decay_epochs epochs of so many steps, if that is later.
     """
     end = max(settings.steps, round((settings.decay_epochs or 0) * epoch))
-    rise = (step + 1) / max(1, settings.warm_up)
-    fall = (end - step) / max(1, end - settings.warm_up)
+    warm_up = settings.warm_up * (1 if settings.warm_up >= 1 else settings.steps)
+    rise = (step + 1) / max(1, round(warm_up))
+    fall = (end - step) / max(1, end - round(warm_up))
     return settings.lr * min(rise, fall)
 
 
@@ -217,7 +235,9 @@ class Batches:
             n = min(settings.batch, len(items))
             self.slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n)]
         if settings.epochs:
-            settings = with_steps(settings, settings.epochs * len(self.slots))
+            settings.steps = settings.epochs * len(self.slots)
+            left = sum(len(items) for items in datasets) - sum(j - i for _, i, j in self.slots)
+            log(f"{settings.steps} steps; each epoch leaves out {left} items, others each time")
         self.settings = settings
 
     def __getitem__(self, step: int) -> list:
@@ -228,11 +248,6 @@ class Batches:
             place = int(torch.randperm(len(self.slots), generator=generator)[place])
         d, first, last = self.slots[place]
         return [self.datasets[d][i] for i in orders[d][first:last].tolist()]
-
-
-def with_steps(settings: Settings, steps: int) -> Settings:
-    """The same settings for another number of steps; the warm-up keeps its share of them."""
-    return replace(settings, steps=steps, warm_up=settings.warm_up * steps // settings.steps)
 
 
 # --- Step 2: masked next-token prediction ------------------------------------------------------
@@ -328,7 +343,12 @@ def blocks_of(model: LLM2Vec, documents: Sequence[str], settings: Settings) -> T
 @dataclass
 class ContrastiveSettings(Settings):
     scale: float = setting("inverse temperature of the loss", 20.0)
-    pooling: str = setting("how states become a vector", "mean", llm2vec.POOLING)
+    pooling: str | None = setting(
+        "how states become a vector; default: as the folder says, else mean", None, llm2vec.POOLING
+    )
+
+    def for_model(self, model: LLM2Vec) -> "ContrastiveSettings":
+        return replace(self, pooling=self.pooling or model.pooling)
 
 
 @dataclass
@@ -347,7 +367,25 @@ def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -
     texts = [text for text in texts if text]
     if len(texts) < 2:
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
-    as_trained(model, settings)
+    if settings.batch < 2:
+        raise ValueError(f"--batch {settings.batch}: a sentence alone has nothing to be told from")
+    as_trained(model, texts, settings)
+
+    def backward(batch: list[str], step: int) -> tuple[float, int]:
+        rows = 2 * model.rows(batch, max_length=settings.length)  # two dropout views
+        same = known_right(2 * batch, rows, len(batch)).to(model.decoder.device)
+
+        def loss_of(vectors: Tensor) -> Tensor:
+            return contrastive_loss(*vectors.chunk(2), scale=settings.scale, duplicates=same)
+
+        return backward_through_encoder(model, rows, loss_of, settings.max_tokens)
+
+    return [texts], backward
+
+
+def as_trained(model: LLM2Vec, texts: Sequence[str], settings: ContrastiveSettings) -> None:
+    """Pool as the settings say, and read at least as many tokens of a text as training does."""
+    model.pooling, model.max_length = settings.pooling, max(model.max_length, settings.length)
     rows = model.rows(texts[:: math.ceil(len(texts) / 10_000)], max_length=2**31)
     lengths = sorted(len(ids) for ids, _ in rows)  # of ten thousand, at most
     cut = sum(n > settings.length for n in lengths) / len(lengths)
@@ -356,19 +394,23 @@ def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -
         f"{lengths[-1]}; {cut:.1%} are cut at --length {settings.length}"
     )
 
-    def loss_of(vectors: Tensor) -> Tensor:
-        return contrastive_loss(*vectors.chunk(2), scale=settings.scale)
 
-    def backward(batch: list[str], step: int) -> tuple[float, int]:
-        rows = 2 * model.rows(batch, max_length=settings.length)  # two dropout views
-        return backward_through_encoder(model, rows, loss_of, settings.max_tokens)
+def known_right(texts: Sequence[str], rows: Sequence[tuple[list, list]], n: int) -> Tensor:
+    """Candidates that are no wrong answer to a query, and not its own: (n, candidates) booleans.
 
-    return [texts], backward
-
-
-def as_trained(model: LLM2Vec, settings: ContrastiveSettings) -> None:
-    """Pool as the settings say, and read at least as many tokens of a text as training does."""
-    model.pooling, model.max_length = settings.pooling, max(model.max_length, settings.length)
+    Of n queries, their n positives and any number of negatives, in this order. Right are the
+    query's own text, and the positives of every pair that has the same query and instruction;
+    texts that are equal once they are cut are equal.
+    """
+    seen, names, right = {}, [], {}
+    for text, (ids, own) in zip(texts, rows, strict=True):
+        cut = tuple(i for i, is_own in zip(ids, own, strict=True) if is_own)
+        names.append({seen.setdefault(name, len(seen)) for name in (text, cut)})
+    queries = [tuple(ids) for ids, _ in rows[:n]]
+    for i, query in enumerate(queries):
+        right.setdefault(query, set()).update(names[i] | names[n + i])
+    known = [[not right[query].isdisjoint(name) for name in names[n:]] for query in queries]
+    return torch.tensor(known).fill_diagonal_(False)
 
 
 def backward_through_encoder(
@@ -443,28 +485,31 @@ def supervised(
     """Teach a model that a query is like what answers it.
 
     datasets: of `read_pairs`. A batch comes from one of them; every positive and every hard
-    negative of the batch is a candidate for each of its queries (section 4 of the paper), unless it
-    has the text of the query's own positive: questions may share an answer.
+    negative of the batch is a candidate for each of its queries (section 4 of the paper), but for
+    those that are known to be right. Pairs without an instruction have the encoder's own prompt.
     """
-    as_trained(model, settings)
+    sides = [[p["query"], p["positive"], *p["negatives"]] for pairs in datasets for p in pairs]
+    if settings.batch < 2 and max(map(len, sides)) == 2:
+        raise ValueError(f"--batch {settings.batch}: without negatives, nothing to contrast")
+    as_trained(model, [text for side in sides for text in side], settings)
     for name, key in (("query", "instruction"), ("document", "answer_instruction")):
-        said = {pair.get(key, "") for pairs in datasets for pair in pairs}
-        if len(said) == 1:
-            model.prompts[name] = prompt_prefix(said.pop(), model.separator)
+        leads = {pair.get(key) or "" for pairs in datasets for pair in pairs}
+        if len(leads) == 1 and leads != {""}:
+            model.prompts[name] = prompt_prefix(leads.pop(), model.separator)
+    before = {name: model.prompts.get(name) for name in ("query", "document")}
 
     def backward(pairs: list[dict], step: int) -> tuple[float, int]:
-        texts = [(p["query"], p["instruction"]) for p in pairs]
-        texts += [(p["positive"], p.get("answer_instruction")) for p in pairs]
-        texts += [(n, p.get("answer_instruction")) for p in pairs for n in p["negatives"]]
+        texts = [(p["query"], p["instruction"] or before["query"]) for p in pairs]
+        answers = [(p["positive"], p.get("answer_instruction")) for p in pairs]
+        answers += [(n, p.get("answer_instruction")) for p in pairs for n in p["negatives"]]
+        texts += [(text, lead or before["document"]) for text, lead in answers]
         rows = [model.rows([text], lead, settings.length)[0] for text, lead in texts]
-        answers = [text for text, _ in texts[len(pairs) :]]
-        same = torch.tensor([[a == b for b in answers] for a in answers[: len(pairs)]])
-        duplicates = same.fill_diagonal_(False).to(model.decoder.device)
+        known = known_right([text for text, _ in texts], rows, len(pairs)).to(model.decoder.device)
 
         def loss_of(vectors: Tensor) -> Tensor:
             query, positive = vectors[: 2 * len(pairs)].chunk(2)
             negative = vectors[2 * len(pairs) :]
-            return contrastive_loss(query, positive, negative, settings.scale, duplicates)
+            return contrastive_loss(query, positive, negative, settings.scale, known)
 
         return backward_through_encoder(model, rows, loss_of, settings.max_tokens)
 
@@ -484,8 +529,8 @@ class Stage(NamedTuple):
     def run(self, model: LLM2Vec, data: Any, settings: Settings, folder: Path) -> None:
         """Train the stage's adapter on a model, in `folder`, and merge it."""
         settings = settings.for_model(model)
-        if settings.dev:
-            benchmarks.read_sts(settings.dev)  # complain of it before training
+        if settings.dev and len(set(benchmarks.read_sts(settings.dev)[0])) == 1:
+            raise ValueError(f"{settings.dev}: all scores are equal, there is nothing to rank")
         datasets, backward = self.task(model, data, settings)
         fit(model, datasets, backward, settings, folder)
 
@@ -503,9 +548,9 @@ STAGES = {
         read_corpus,
         {
             "paper": MNTPSettings(512, 32, lr=5e-5),
-            "tiny": MNTPSettings(64, 16, 120, lr=2e-3, warm_up=10),
-            "laptop": MNTPSettings(128, 8, 250, lr=2e-3, warm_up=20, dropout=0.0),
-            "gpu": MNTPSettings(512, lr=1e-3, warm_up=50, dropout=0.0, max_tokens=32768),
+            "tiny": MNTPSettings(64, 16, 120, lr=2e-3, warm_up=0.08),
+            "laptop": MNTPSettings(128, 8, 250, lr=2e-3, warm_up=0.08, dropout=0.0),
+            "gpu": MNTPSettings(512, lr=1e-3, warm_up=0.05, dropout=0.0, max_tokens=32768),
         },
         encoder=False,
     ),
@@ -515,9 +560,9 @@ STAGES = {
         read_corpus,
         {
             "paper": SimCSESettings(128, 128, lr=3e-5, attention_dropout=0.3),
-            "tiny": SimCSESettings(24, 64, 40, lr=5e-3, warm_up=10, attention_dropout=0.6),
-            "laptop": SimCSESettings(32, 32, 80, lr=1e-3, warm_up=8, **SMOLLM2),
-            "gpu": SimCSESettings(64, 128, 400, lr=5e-4, warm_up=40, max_tokens=32768, **SMOLLM2),
+            "tiny": SimCSESettings(24, 64, 40, lr=5e-3, warm_up=0.25, attention_dropout=0.6),
+            "laptop": SimCSESettings(32, 32, 80, lr=1e-3, warm_up=0.1, **SMOLLM2),
+            "gpu": SimCSESettings(64, 128, 400, lr=5e-4, warm_up=0.1, max_tokens=32768, **SMOLLM2),
         },
     ),
     "supervised": Stage(
@@ -525,9 +570,9 @@ STAGES = {
         "The fourth stage: contrastive learning on pairs; writes the encoder too.",
         lambda settings: read_pairs(settings.pairs or [PAIRS], settings.instructions or [None]),
         {
-            "paper": SupervisedSettings(512, 512, lr=2e-4, warm_up=300, decay_epochs=3, scale=50.0),
-            "tiny": SupervisedSettings(64, 32, 60, lr=2e-3, warm_up=10),
-            "laptop": SupervisedSettings(64, 32, 40, lr=5e-4, warm_up=5, dropout=0.0),
+            "paper": SupervisedSettings(512, 512, lr=2e-4, warm_up=0.3, decay_epochs=3, scale=50.0),
+            "tiny": SupervisedSettings(64, 32, 60, lr=2e-3, warm_up=0.17),
+            "laptop": SupervisedSettings(64, 32, 40, lr=5e-4, warm_up=0.125, dropout=0.0),
         },
     ),
 }
@@ -536,11 +581,11 @@ STAGES = {
 # --- Commands ----------------------------------------------------------------------------------
 
 
-def load_for_training(args: argparse.Namespace, is_causal: bool = False, **how) -> LLM2Vec:
+def load_for_training(args: argparse.Namespace, **how) -> LLM2Vec:
     """The model that the flags name; in bfloat16 where the hardware has it, a CPU's too."""
     if args.dtype is None and llm2vec.has_bfloat16(args.device or llm2vec.default_device()):
         how["dtype"] = torch.bfloat16
-    return llm2vec.load(args, is_causal=is_causal, **how)
+    return llm2vec.load(args, **how)
 
 
 def settings_of(stage: str, args: argparse.Namespace) -> Settings:
@@ -552,7 +597,6 @@ def settings_of(stage: str, args: argparse.Namespace) -> Settings:
     given = {f.name: getattr(args, f.name, None) for f in fields(settings)}
     if given["steps"] and given["epochs"]:
         raise ValueError("--steps and --epochs: give one of them")
-    settings = with_steps(settings, given["steps"] or settings.steps)
     return replace(settings, **{name: v for name, v in given.items() if v is not None})
 
 
@@ -565,9 +609,11 @@ def run_stage(args: argparse.Namespace) -> None:
     model = load_for_training(args, **({"device": "cpu"} if args.quantize else {}))
     if args.quantize:  # what does not fit on a GPU as it is
         lora.quantize_nf4(model, args.device or llm2vec.default_device())
+    if args.train_adapter:
+        lora.load_adapter(model, args.train_adapter)
     on_main(lambda: clear(output, args.overwrite))
     stage.run(model, data, settings, output)
-    log(f"The adapter is in {output}")
+    log(f"What was trained is in {output}")
     if stage.encoder and RANK == 0:
         if args.quantize:  # merge into the weights as they were
             how = {"adapters": [*args.adapters, output], "device": "cpu"}
@@ -602,8 +648,9 @@ def run_everything(args: argparse.Namespace) -> None:
     model = load_for_training(args, is_causal=True)
     for name, baseline in baselines(model) if args.compare else [("causal", model)]:
         score(name, baseline)
-    model.decoder.config.is_causal = False  # step 1
-    score("bidirectional, untrained", model)
+    if not args.is_causal:
+        model.decoder.config.is_causal = False  # step 1
+        score("bidirectional, untrained", model)
     for seed in args.seeds:
         args.seed, folder = seed, output if seed == args.seeds[0] else output / f"seed-{seed}"
         model = model or load_for_training(args)
@@ -662,6 +709,8 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run_stage)
         add = command.add_argument
         llm2vec.add_model_flags(command, required=True)
+        text = "an adapter that goes on training, with its own rank and dropout, not a fresh one"
+        add("--train-adapter", metavar="ADAPTER", help=text)
         text = "keep the frozen weights in 4 bits while training (nf4): for a small GPU"
         add("--quantize", choices=("nf4",), help=text)
         add("--output", required=True, help="run folder; a run that is there goes on")

@@ -337,7 +337,6 @@ def main() -> None:
     add("--words", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"), help=text)
     add("--corpus", default=WIKIPEDIA, help="of whose held-out documents tokens are masked")
     add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
-    add("--causal", action="store_true", help="leave out step 1: attend to the left only")
     add("--baselines", action="store_true", help="score the baselines of the causal model too")
     args = parser.parse_args()
     held_out, name = held_out_of(args.corpus), Path(args.model).name
@@ -350,8 +349,7 @@ def main() -> None:
         scores = evaluate(encoder, held_out, which, args.sts, columns or COLUMNS)
         return scores | {"seconds": time.monotonic() - start}
 
-    how = {"pooling": args.pooling, "is_causal": args.causal or None}
-    rows = {name: score(load(args, **how), args.benchmarks)}
+    rows = {name: score(load(args, pooling=args.pooling), args.benchmarks)}
     if args.baselines:
         which = [which for which in args.benchmarks if which in ("sts", "articles")]
         untrained = baselines(load(args, adapters=[], is_causal=True))

@@ -64,6 +64,9 @@ def add_settings(command: argparse.ArgumentParser, presets: dict[str, Any]) -> N
 
 def cli(main: Callable[[], None]) -> None:
     """Run a command line: a foreseen error is one line and exit status 2, Ctrl-C exits with 130."""
+    for stream in (sys.stdout, sys.stderr):  # a letter that can't be shown loses no result
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     lora = sys.modules.get("lora")
     try:
         if lora and Path(lora.__file__).resolve().parent != PACKAGE.parent:

@@ -60,6 +60,8 @@ def save_encoder(model, folder: Path) -> None:
         for name, content in files.items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file in new.glob("*.safetensors"):  # which safetensors writes for this user alone
+            file.chmod((new / "config.json").stat().st_mode)
     model.decoder.name_or_path = str(folder.resolve())
 
 
@@ -94,8 +96,10 @@ def checkpoint_files(model) -> dict[str, object]:
         steps = [{"type": "Replace", "pattern": p, "content": ""} for p in patterns]
         steps += [normalizer] if normalizer else []
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
-    added = [t["id"] for t in tokenizer["added_tokens"] if t["id"] < config.vocab_size]
-    pad = next(i for i in (*added, *range(len(in_front) + 1)) if i not in in_front)
+    # For padding, a special token, else one of the vocabulary: not a word that was added to it.
+    special = [i for i in sorted(never_in_text) if i < config.vocab_size]
+    unfit = {token["id"] for token in tokenizer["added_tokens"]} - {*special} | {*in_front}
+    pad = next(i for i in (*special, *range(len(unfit) + 1)) if i not in unfit)
     kind = "ForCausalLM" if model.decoder.can_predict else "Model"
     family = {"smollm3": "SmolLM3"}.get(config.model_type, config.model_type.capitalize())
     how = ("pooling", "max_length", "separator", "include_prompt")

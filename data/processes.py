@@ -83,6 +83,15 @@ def on_main(work: Callable[[], object]) -> None:
         torch.distributed.barrier()
 
 
+def of_main(value: float) -> float:
+    """The value that process 0 has: what all decide by, and others may round otherwise."""
+    if WORLD_SIZE == 1:
+        return value
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
 def log(text: str) -> None:
     """Print on process 0."""
     if RANK == 0:

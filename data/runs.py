@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llm2vec_data.disk import read_json, reading, write_json, write_whole
 from llm2vec_data.export import checkpoint_files
-from llm2vec_data.processes import RANK, WORLD_SIZE, log, on_main
+from llm2vec_data.processes import RANK, WORLD_SIZE, log, of_main, on_main
 from lora import save_adapter
 
 # --- Fingerprints ------------------------------------------------------------------------------
@@ -117,18 +117,25 @@ class RunFolder:
             done = int(file.stem.removeprefix("state-"))
             for name, p in parameters.items():
                 p.data.copy_(tensors.pop(name))
-                moments = {k: v for k, v in tensors.items() if k.startswith(f"{name}:")}
-                state = {
-                    k.rpartition(":")[2]: v.to(p.device, copy=True) for k, v in moments.items()
-                }
+                moments = [(k, v) for k, v in tensors.items() if k.startswith(f"{name}:")]
+                # Copies: nobody can delete a file on Windows while a tensor is a view of it.
+                state = {k.rpartition(":")[2]: v.to(p.device, copy=True) for k, v in moments}
                 optimizer.state[p] = state
-        lines = self.log_file.read_text().splitlines(True) if self.log_file.exists() else []
+        text = self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
+        lines = text.splitlines(True)
         lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
         on_main(lambda: write_whole(self.log_file, "".join(lines).encode()))
         self.before = json.loads(lines[-1])["seconds"] if lines else 0.0
-        self.best = max((json.loads(x).get("dev", -math.inf) for x in lines), default=-math.inf)
+        scores = [line["dev"] for line in map(json.loads, lines) if "dev" in line]
+        self.best = max(filter(math.isfinite, scores), default=-math.inf)
+        self.worse = len(scores) - 1 - (scores.index(self.best) if self.best in scores else -1)
         self.first, self.start, self.losses, self.tokens = done, time.monotonic(), [], 0
         return done
+
+    @property
+    def patient(self) -> bool:
+        """Whether fewer scores than --patience have come since the best one."""
+        return self.settings.patience is None or self.worse < self.settings.patience
 
     def save(self, step: int, model, parameters: dict[str, nn.Parameter], optimizer) -> None:
         """Write what is trained and its moments after `step` steps, in the place of older ones."""
@@ -147,10 +154,10 @@ class RunFolder:
         steps, every = self.settings.steps, self.settings.save_every
         if self.settings.dev is None or step % every and step < steps:
             return None
-        score = self.scorer()
+        score, self.worse = of_main(self.scorer()), self.worse + 1
         if score > self.best:
-            self.best = score
-            if RANK == 0:  # whose score decides: others may round it otherwise
+            self.best, self.worse = score, 0
+            if RANK == 0:
                 best = save_bytes({name: p.detach() for name, p in parameters.items()})
                 write_whole(self.best_file, best)
         return score
@@ -165,7 +172,7 @@ class RunFolder:
         loss, pace = sum(self.losses) / len(self.losses), self.tokens / max(seconds, 1e-9)
         line = {"step": step, "steps": steps, "loss": loss, "lr": lr, "tokens_per_second": pace}
         line |= {} if dev is None else {"dev": dev}
-        with self.log_file.open("a") as file:
+        with self.log_file.open("a", encoding="utf-8") as file:
             print(json.dumps(line | {"seconds": self.before + seconds}), file=file)
         self.losses = []
         if step % max(1, steps // 20) == 0 or step == steps or dev is not None:
@@ -180,10 +187,12 @@ class RunFolder:
         Beside it goes the tokenizer, which sentence-transformers needs there.
         """
         on_main(lambda: None)  # the others wait until the best step is written
-        if self.settings.dev is not None and self.best_file.exists():
+        if self.best_file.exists():
             for name, weight in load_file(self.best_file).items():
                 parameters[name].data.copy_(weight)
             log(f"the best step is kept, which scored {self.best:.4f} on {self.settings.dev}")
+        elif self.settings.dev is not None:
+            log(f"no step has a score on {self.settings.dev}: the last one is kept")
         on_main(lambda: self.write(model))
 
     def write(self, model) -> None:

@@ -102,7 +102,7 @@ def test_dropout_spares_each_number_with_the_chance_it_should(p):
     assert not torch.equal(kept(x, p), spared)
 
 
-def test_what_can_not_be_added_is_named():
+def test_what_can_not_be_added_is_named(tmp_path):
     decoder = small_decoder()
     for changes, said in [
         ({"targets": ["qq_proj"]}, "'qq_proj'"),
@@ -115,7 +115,7 @@ def test_what_can_not_be_added_is_named():
     with pytest.raises(ValueError, match="already"):
         add_lora(decoder)
     with pytest.raises(ValueError, match="no adapters"):
-        save_adapter(small_decoder(), "nowhere")
+        save_adapter(small_decoder(), tmp_path)
 
 
 @pytest.mark.parametrize("start", ["", "^layers.0.", "^model.layers.0."])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -178,9 +179,9 @@ def test_mntp_hides_tokens_as_the_paper_does(
     model.tokenizer.add_special_tokens(["s"])  # which is never hidden
     special, mask_id = map(model.tokenizer.token_to_id, ("s", "_"))
 
-    def seen(decoder, *part, total):
+    def seen(decoder, *part, total, **how):
         parts.append((*part, total))
-        return loss(decoder, *part, total=total)
+        return loss(decoder, *part, total=total, **how)
 
     monkeypatch.setattr(train, "mntp_loss", seen)
     how = {"batch": 100, "steps": 1, "max_tokens": 640, "mask_rate": mask_rate}
@@ -246,11 +247,11 @@ def test_epochs_count_the_steps(stage, tmp_path):
     items = {"mntp": blocks, "simcse": len({s for d in few for s in sentences(d)})}.get(stage, 40)
     for batch, steps in ((items // 2, 6), (items + 1, 3)):
         data = SOME_PAIRS if stage == "supervised" else few
-        how = {"batch": batch, "epochs": 3, "steps": 100, "warm_up": 50}
+        how = {"batch": batch, "epochs": 3, "steps": 100, "warm_up": 0.5}
         go(stage, tmp_path / str(batch), tiny(layers=1), data, **how)
         log = log_of(tmp_path / str(batch))
         assert len(log) == log[0]["steps"] == steps
-        assert log[0]["lr"] == pytest.approx(QUICK[stage].lr / (steps // 2)), "half is warm-up"
+        assert log[0]["lr"] == pytest.approx(QUICK[stage].lr / round(steps / 2)), "half is warm-up"
     with pytest.raises(ValueError, match="fewer than two different sentences"):
         go("simcse", tmp_path / "none", data=["One sentence here."] * 9)
 
@@ -262,7 +263,7 @@ def test_the_loss_falls_and_is_logged_with_its_schedule(tmp_path):
     assert set(log[0]) == {"step", "steps", "loss", "lr", "tokens_per_second", "seconds"}
     assert [line["step"] for line in log] == list(range(1, 26))
     assert sum(x["loss"] for x in log[-5:]) < sum(x["loss"] for x in log[:5])
-    warm_up = settings.warm_up
+    warm_up = round(settings.warm_up * 25)
     expected = [settings.lr * min((i + 1) / warm_up, (25 - i) / (25 - warm_up)) for i in range(25)]
     assert [line["lr"] for line in log] == pytest.approx(expected)
 
@@ -351,10 +352,10 @@ def test_whatever_requires_a_gradient_is_trained_saved_resumed_and_read_back(
 ):
     add_lora, made = lora.add_lora, []
 
-    def unfrozen(decoder, *args):
+    def unfrozen(decoder, *args, **how):
         if kind == "all weights":
             return list(decoder.requires_grad_().parameters())
-        parameters = add_lora(decoder, *args)
+        parameters = add_lora(decoder, *args, **how)
         decoder.norm.requires_grad_()
         return parameters
 
@@ -567,7 +568,7 @@ def test_every_setting_of_a_stage_is_a_flag_with_the_presets_in_its_help(stage, 
     args.epochs, values["epochs"] = None, None
     assert train.settings_of(stage, args) == replace(presets["paper"], **values)
     help = " ".join(command(stage, "--help")[1].split())
-    assert all(f" {flag} " in help for flag in flags if flag.startswith("--"))
+    assert all(re.search(f" {flag}[ ,]", help) for flag in flags if flag.startswith("--"))
     args.preset = "mine"
     with pytest.raises(ValueError, match=f"--preset mine: {stage} has {', '.join(presets)}"):
         train.settings_of(stage, args)
@@ -576,9 +577,6 @@ def test_every_setting_of_a_stage_is_a_flag_with_the_presets_in_its_help(stage, 
         assert train.settings_of(stage, args) == settings
         for name in ("length", "batch", "steps", "lr", "warm_up"):
             assert f"{preset}: {getattr(settings, name)}" in help
-    args = train.parser().parse_args([*start, "--steps", "100"])
-    expected = presets["paper"].warm_up * 100 // presets["paper"].steps
-    assert train.settings_of(stage, args).warm_up == expected, "its share of the steps"
 
 
 def test_a_stage_has_no_flags_of_another_one(command):
