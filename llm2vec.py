@@ -570,8 +570,8 @@ def contrastive_loss(
 class LLM2Vec(nn.Module):
     """A decoder, its tokenizer and a pooling rule: texts in, vectors out.
 
-    More modules may stand beside the decoder, a pooler or a head: they are trained, saved and
-    loaded with it, by name.
+    More modules may stand beside the decoder, a pooler for one: they are trained, saved and loaded
+    with it, by name. What only training needs is put in `heads`, and is no part of the encoder.
     """
 
     def __init__(
@@ -589,7 +589,7 @@ class LLM2Vec(nn.Module):
         prompts: what sentence-transformers is told to put in front of a query or a document.
         """
         super().__init__()
-        self.decoder, self.tokenizer = decoder, tokenizer
+        self.decoder, self.tokenizer, self.heads = decoder, tokenizer, nn.ModuleDict()
         self.pooling, self.max_length = pooling, max_length
         self.separator, self.include_prompt = separator, include_prompt
         self.prompts = dict(prompts or {})
@@ -642,7 +642,9 @@ class LLM2Vec(nn.Module):
         tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
         decoder = Decoder.from_pretrained(path_or_name, dtype, device)
         decoder.config.is_causal = options.pop("is_causal")  # False is step 1 of the method, entire
-        model = cls(decoder, tokenizer, **options).to(device).eval()
+        with torch.random.fork_rng(devices=()):  # new modules are the same ones each time
+            torch.manual_seed(0)
+            model = cls(decoder, tokenizer, **options).to(device).eval()
         load_extra(model, folder)  # of an exported encoder: the modules beside its decoder
         for adapter in adapters:
             load_adapter(model, adapter)
@@ -669,7 +671,7 @@ class LLM2Vec(nn.Module):
         segments = None
         if len({len(ids) for ids, _ in rows}) > 1:
             segments = pad([[1] * len(ids) for ids, _ in rows], device)
-        return pool(self.decoder(input_ids, segments), self.pooling, own)
+        return pool(self.decoder(input_ids, segments), self.pooling, own.bool())
 
     @torch.inference_mode()
     def encode(

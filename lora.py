@@ -196,7 +196,7 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
     """
     if adapted(model):
         raise ValueError("the model has adapters already: merge_lora first")
-    folder, pairs = find_adapter(path_or_name), {}
+    folder, pairs = find_adapter(path_or_name), []
     if (folder / ADAPTER[0]).exists():
         config = read_adapter_config(folder / ADAPTER[0])
         pairs = read_matrices(folder / ADAPTER[1], config, dict(decoder_of(model).named_modules()))
@@ -204,30 +204,30 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
         print(f"{folder}: a run that is not finished, as of its newest state", file=sys.stderr)
     load_extra(model, folder)
     decoder_of(model).requires_grad_(False)
-    for name, (module, pair) in pairs.items():
+    for module, seen, pair in pairs:
         rank = pair["lora_A"].shape[0]
-        alpha = matched(config["alpha_pattern"], name, config["lora_alpha"])
+        alpha = matched(config["alpha_pattern"], seen, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         adapt(module, rank, scale, config.get("lora_dropout", 0.0))
         for part in PARTS:
             getattr(module, part).weight.copy_(pair[part])
 
 
-def read_matrices(file: Path, config: dict, modules: dict[str, nn.Module]) -> dict[str, tuple]:
-    """The matrices in a file of PEFT: for the name of each projection, itself and its pair."""
-    found = {}
+def read_matrices(file: Path, config: dict, modules: dict[str, nn.Module]) -> list[tuple]:
+    """The matrices in a file of PEFT: each projection, the name that PEFT saw, and its pair."""
+    found = []
     with reading(file):
-        for name, pair in read_pairs_of_matrices(file).items():
+        for name, (seen, pair) in read_pairs_of_matrices(file).items():
             module = modules.get(name)
             if set(pair) != set(PARTS):
                 raise ValueError(f"{name} has {', '.join(sorted(pair))}, not lora_A and lora_B")
             if not isinstance(module, nn.Linear):
                 raise ValueError(f"{name} is not the name of a projection in this model")
-            rank = matched(config["rank_pattern"], name, config["r"])
+            rank = matched(config["rank_pattern"], seen, config["r"])
             shapes = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
             for part, shape in shapes.items():
                 pair[part] = check_tensor(pair[part], f"{name}.{part}", shape, torch.float32)
-            found[name] = module, pair
+            found.append((module, seen, pair))
     return found
 
 
@@ -239,6 +239,8 @@ def load_extra(model: nn.Module, folder: Path) -> None:
     known, found = {start + name: p for name, p in model.named_parameters()}, {}
     with reading(file):
         for name, weight in load_file(file).items():
+            if name.startswith("heads."):  # of training alone
+                continue
             if name not in known:
                 raise ValueError(f"{name} has no place in this {type(model).__name__}")
             p = known[name]

@@ -196,7 +196,7 @@ def within_memory(
     """
     decoder, layers = model.decoder, len(model.decoder.layers)
     while True:
-        torch.manual_seed(settings.seed + 1_000_003 * (step + 1))
+        torch.manual_seed(seed_of(step, settings))
         model.train()
         try:
             return backward(batch, step)
@@ -208,6 +208,10 @@ def within_memory(
         torch.cuda.empty_cache()
         decoder.recompute = min(layers, decoder.recompute + math.ceil(layers / 8))
         log(f"memory is short: from here on as with --recompute {decoder.recompute}")
+
+
+def seed_of(step: int, settings: Settings) -> int:
+    return settings.seed + 1_000_003 * (step + 1)
 
 
 def learning_rate(step: int, settings: Settings, epoch: int = 0) -> float:
@@ -233,7 +237,9 @@ class Batches:
         self.datasets, self.slots = datasets, []  # of an epoch: dataset, first item, behind last
         for d, items in enumerate(datasets):
             n = min(settings.batch, len(items))
-            self.slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n)]
+            self.slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n or 1) if n]
+        if not self.slots:
+            raise ValueError("there is nothing to train on: no item in any dataset")
         if settings.epochs:
             settings.steps = settings.epochs * len(self.slots)
             left = sum(len(items) for items in datasets) - sum(j - i for _, i, j in self.slots)
@@ -301,7 +307,7 @@ def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> Ta
     special = torch.tensor([i for i, token in added.items() if token.special] or [-1])
 
     def backward(batch: list[Tensor], step: int) -> tuple[float, int]:
-        ids = torch.stack(batch)
+        ids, seed = torch.stack(batch), seed_of(step, settings)
         masked, chosen = mask_tokens(
             ids,
             mask_id,
@@ -309,9 +315,10 @@ def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> Ta
             rate=settings.mask_rate,
             replace=(settings.mask_share, settings.swap_share),
             maskable=~torch.isin(ids, special),
+            generator=torch.Generator().manual_seed(seed),  # all processes mask alike
         )
         total, loss = int(chosen.sum()), 0.0  # of all processes
-        torch.manual_seed(torch.initial_seed() + 1 + RANK)  # for dropout
+        torch.manual_seed(seed + 1 + RANK)  # for dropout, which differs
         n = max(1, settings.max_tokens // settings.length)
         shares = (t[RANK::WORLD_SIZE].to(model.decoder.device) for t in (masked, ids, chosen))
         for part in zip(*(share.split(n) for share in shares), strict=True):
@@ -341,14 +348,18 @@ def blocks_of(model: LLM2Vec, documents: Sequence[str], settings: Settings) -> T
 
 
 @dataclass
-class ContrastiveSettings(Settings):
-    scale: float = setting("inverse temperature of the loss", 20.0)
+class EncoderSettings(Settings):
     pooling: str | None = setting(
         "how states become a vector; default: as the folder says, else mean", None, llm2vec.POOLING
     )
 
-    def for_model(self, model: LLM2Vec) -> "ContrastiveSettings":
+    def for_model(self, model: LLM2Vec) -> "EncoderSettings":
         return replace(self, pooling=self.pooling or model.pooling)
+
+
+@dataclass
+class ContrastiveSettings(EncoderSettings):
+    scale: float = setting("inverse temperature of the loss", 20.0)
 
 
 @dataclass
@@ -383,7 +394,7 @@ def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -
     return [texts], backward
 
 
-def as_trained(model: LLM2Vec, texts: Sequence[str], settings: ContrastiveSettings) -> None:
+def as_trained(model: LLM2Vec, texts: Sequence[str], settings: EncoderSettings) -> None:
     """Pool as the settings say, and read at least as many tokens of a text as training does."""
     model.pooling, model.max_length = settings.pooling, max(model.max_length, settings.length)
     rows = model.rows(texts[:: math.ceil(len(texts) / 10_000)], max_length=2**31)
@@ -456,11 +467,11 @@ def gradcache(
             vectors[part] = vectors_of(part)
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(vectors)  # of zeros, and the vectors of one process each
-    loss = loss_of(vectors.requires_grad_())
+    loss = loss_of(vectors.requires_grad_()) / WORLD_SIZE  # which is the same in all of them
     loss.backward()
     for part in parts:
-        vectors_of(part).backward(vectors.grad[part])
-    return loss.item() / WORLD_SIZE
+        vectors_of(part).backward(WORLD_SIZE * vectors.grad[part])
+    return loss.item()
 
 
 # --- The fourth stage: supervised contrastive learning -----------------------------------------
@@ -523,7 +534,7 @@ class Stage(NamedTuple):
     task: Callable[[LLM2Vec, Any, Any], Task]  # of a model, its data and the settings
     help: str
     read: Callable[[Any], Any]  # the data that the settings name
-    presets: dict[str, Settings]
+    presets: dict[str, Settings]  # the first is the default; `train.py` alone takes `tiny`
     encoder: bool = True  # whether an encoder is written beside the adapter
 
     def run(self, model: LLM2Vec, data: Any, settings: Settings, folder: Path) -> None:
@@ -531,8 +542,10 @@ class Stage(NamedTuple):
         settings = settings.for_model(model)
         if settings.dev and len(set(benchmarks.read_sts(settings.dev)[0])) == 1:
             raise ValueError(f"{settings.dev}: all scores are equal, there is nothing to rank")
+        torch.manual_seed(settings.seed)  # of modules that the task adds
         datasets, backward = self.task(model, data, settings)
         fit(model, datasets, backward, settings, folder)
+        model.heads.clear()
 
 
 # Each preset `paper` has the numbers of the paper's appendix. `tiny` is for the bundled model: so

@@ -317,28 +317,27 @@ def read_adapter_config(file: Path) -> dict:
 
 def matched(patterns: dict[re.Pattern, float], name: str, default: float) -> float:
     """The value of the first pattern that matches the end of a name, from a dot on, as in PEFT."""
-    names = (name, f"model.{name}")  # in the inner model, and in a causal LM
-    for pattern, value in patterns.items():
-        if any(map(pattern.match, names)):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if pattern.match(name)), default)
 
 
-def read_pairs_of_matrices(file: Path) -> dict[str, dict[str, Tensor]]:
-    """For the name of each projection in a file of PEFT, its lora_A and lora_B."""
+def read_pairs_of_matrices(file: Path) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """For each projection in a file of PEFT: the name that PEFT saw, its lora_A and lora_B."""
     pairs, unused = {}, []
     for key, weight in load_file(file).items():
-        bare = PREFIX.sub("", key.replace(".default.", ".")).removesuffix(".weight")
+        whole = key.replace(".default.", ".").removesuffix(".weight")
+        bare = PREFIX.sub("", whole)
         name, _, part = bare.rpartition(".")
+        seen, pair = pairs.get(name, ("", {}))
         if bare.startswith("lm_head") or UNUSED.match(f"{bare}."):
             unused.append(key)
         elif bare.startswith("embed_tokens"):
             what = "changes the embeddings, which have no adapter here"
             raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
-        elif part in pairs.setdefault(name, {}):
+        elif part in pair:
             raise ValueError(f"{name} is there twice, once as model.{name}")
         else:
-            pairs[name][part] = weight
+            seen = whole.removeprefix("base_model.model.").rpartition(".")[0]
+            pairs[name] = seen, pair | {part: weight}
     if not pairs:
         raise ValueError("holds no adapter of the layers")
     tell_unused(file, unused)
@@ -417,23 +416,34 @@ def encoder_options(folder: Path, adapters: Sequence[Path] = ()) -> dict[str, ob
     ValueError for a module of sentence-transformers that would change the vectors.
     """
 
-    def read(name: str) -> dict:
-        return read_json(folder / name) if (folder / name).exists() else {}
-
-    config, modules = read("config.json"), folder / "modules.json"
+    config, modules = read_json(folder / "config.json"), folder / "modules.json"
     options = {"pooling": "mean", "max_length": 512}
     configs = [read_json(a / ADAPTER[0]) for a in adapters if (a / ADAPTER[0]).exists()]
     if any(map(by_the_authors, [config, *configs])):
         options["separator"] = " "
-    options |= config.get("llm2vec") or {}
     is_encoder = "llm2vec" in config or modules.exists()
     options["is_causal"] = config.get("is_causal", True) if is_encoder else False
-    if not modules.exists():
-        return options
+    options |= config.get("llm2vec") or {}
+    options |= {} if "llm2vec" in config or not modules.exists() else {"separator": ""}
+    if modules.exists() and not (folder / EXTRA).exists():  # of which the modules are ours
+        options |= sentence_transformers_options(folder, config)
+    for adapter in adapters:  # a run knows how it was trained
+        if (adapter / "settings.json").exists():
+            run = read_json(adapter / "settings.json")
+            known = {name: run.get(name) for name in ("pooling", "is_causal")}
+            options |= {name: value for name, value in known.items() if value is not None}
+    return options
+
+
+def sentence_transformers_options(folder: Path, config: dict) -> dict[str, object]:
+    """The same, from the files of sentence-transformers."""
+
+    def read(name: str) -> dict:
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    options, modules = {}, folder / "modules.json"
     with reading(modules):
         for module in json.loads(modules.read_text(encoding="utf-8")):
-            if (folder / EXTRA).exists():  # its modules are ours
-                break
             kind = module["type"].rpartition(".")[2]
             if kind not in ("Transformer", "WordWeights", "Pooling", "Normalize"):
                 what = "without modules.json, this is a checkpoint like any other"
@@ -445,10 +455,20 @@ def encoder_options(folder: Path, adapters: Sequence[Path] = ()) -> dict[str, ob
                 names = {MODE.sub("", theirs): ours for ours, theirs in POOLING_MODES.items()}
                 mode = "+".join(MODE.sub("", k) for k in modes) or pooling["pooling_mode"]
                 options["pooling"] = names.get(mode, mode)  # LLM2Vec refuses an unknown one
+    reader, more = read(SENTENCE_BERT), read(PROMPTS)
+    side = read(TOKENIZER).get("truncation_side", "right")
+    unread = {name: reader.get(name) for name in ("do_lower_case", "processing_kwargs")}
+    unread |= {
+        "truncate_dim": more.get("truncate_dim"),
+        "truncation_side": side != "right" and side,
+    }
+    for name, value in unread.items():
+        if value:
+            what = f"{name} is {value!r}, which is not supported; without modules.json, this is"
+            raise ValueError(f"{folder}: {what} a checkpoint like any other")
     lengths = (config.get("max_position_embeddings"), read(TOKENIZER).get("model_max_length"))
     shorter = min(int(length) for length in (*lengths, 1e30) if length)
-    options["max_length"] = read(SENTENCE_BERT).get("max_seq_length") or shorter
-    more = read(PROMPTS)
+    options["max_length"] = reader.get("max_seq_length") or shorter
     prompts = {name: text.replace(NOTHING, "") for name, text in more.get("prompts", {}).items()}
     options["prompts"] = {name: text for name, text in prompts.items() if text}
     if default := prompts.get(more.get("default_prompt_name")):

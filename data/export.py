@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -39,13 +40,12 @@ def save_encoder(model, folder: Path) -> None:
         raise ValueError("4-bit weights are for training: save the weights as they were")
     if model.decoder.can_predict:  # a causal-LM checkpoint, whose inner model is `model`
         state = {n if n == "lm_head.weight" else f"model.{n}": w for n, w in state.items()}
-    extra = {k: w for k, w in model.state_dict().items() if not k.startswith("decoder.")}
+    inside = ("decoder.", "heads.")
+    extra = {k: w for k, w in model.state_dict().items() if not k.startswith(inside)}
     shards = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
     files = checkpoint_files(model)
     if extra:
-        names = "+".join(dict.fromkeys(name.partition(".")[0] for name in extra))
-        kind = f"llm2vec.LLM2Vec with {names}"  # whose import fails, and says so
-        files["modules.json"] = [{"idx": 0, "name": "0", "path": "", "type": kind}]
+        files["modules.json"] = stop_sign(extra)
     with new_folder(folder) as new:
         parts = {n: {k: state[k] for k in keys} for n, keys in shards.filename_to_tensors.items()}
         for name, part in (parts | ({EXTRA: extra} if extra else {})).items():
@@ -63,6 +63,12 @@ def save_encoder(model, folder: Path) -> None:
         for file in new.glob("*.safetensors"):  # which safetensors writes for this user alone
             file.chmod((new / "config.json").stat().st_mode)
     model.decoder.name_or_path = str(folder.resolve())
+
+
+def stop_sign(names: Iterable[str]) -> list[dict]:
+    """A modules.json that sentence-transformers can't load, instead of leaving something out."""
+    kind = "llm2vec.LLM2Vec with " + "+".join(dict.fromkeys(n.partition(".")[0] for n in names))
+    return [{"idx": 0, "name": "0", "path": "", "type": kind}]
 
 
 def checkpoint_files(model) -> dict[str, object]:

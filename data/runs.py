@@ -23,9 +23,9 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from llm2vec_data.disk import read_json, reading, write_json, write_whole
-from llm2vec_data.export import checkpoint_files
+from llm2vec_data.export import checkpoint_files, stop_sign
 from llm2vec_data.processes import RANK, WORLD_SIZE, log, of_main, on_main
-from lora import save_adapter
+from lora import save_adapter, trained
 
 # --- Fingerprints ------------------------------------------------------------------------------
 
@@ -38,10 +38,11 @@ def fingerprint(
     Settings whose field says `same_result` are left out. code: the files that make the result.
     """
     decoder = model.decoder
-    firsts = [p.detach().flatten()[:256].float().cpu() for p in decoder.parameters()]
+    firsts = [p.detach().flatten()[:256].float().cpu() for p in model.parameters()]
     free = {f.name for f in fields(settings) if f.metadata.get("same_result")}
     return {name: value for name, value in asdict(settings).items() if name not in free} | {
         "weights": ", ".join(sorted({str(p.dtype)[6:] for p in decoder.parameters()})),
+        "is_causal": decoder.config.is_causal,
         "processes": WORLD_SIZE,
         "code": digest(map(code_of, code)),
         "data": digest(item for items in datasets for item in items),
@@ -200,6 +201,9 @@ class RunFolder:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             write_json(self.folder / name, files[name])
         save_adapter(model, self.folder)
+        extra = [name for name in trained(model) if "lora_" not in name and "heads." not in name]
+        if extra:
+            write_json(self.folder / "modules.json", stop_sign(extra))
         (self.folder / "finished").touch()
         for file in (*self.states(), self.best_file):
             file.unlink(missing_ok=True)

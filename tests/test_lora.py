@@ -118,15 +118,23 @@ def test_what_can_not_be_added_is_named(tmp_path):
         save_adapter(small_decoder(), tmp_path)
 
 
+@pytest.mark.parametrize("inner", ["", "model."])
 @pytest.mark.parametrize("start", ["", "^layers.0.", "^model.layers.0."])
-def test_a_pattern_may_hold_the_whole_name_in_the_inner_model_or_in_a_causal_one(start, tmp_path):
+def test_an_anchored_pattern_matches_the_name_that_peft_saw(start, inner, tmp_path):
+    """In the inner model or in a causal one, as the keys of the file say."""
     save_adapter(with_adapters(), tmp_path)
     file, decoder = tmp_path / "adapter_config.json", small_decoder()
     changed = json.loads(file.read_text()) | {"alpha_pattern": {f"{start}mlp.up_proj": 24}}
     file.write_text(json.dumps(changed))
+    weights = tmp_path / "adapter_model.safetensors"
+    state = {
+        k.replace("model.layers", f"model.{inner}layers"): w for k, w in load_file(weights).items()
+    }
+    save_file(state, weights)
     load_adapter(decoder, tmp_path)
     scales = [layer.mlp.up_proj.scale for layer in decoder.layers]
-    assert scales == [24 / 3, 12 / 3 if start else 24 / 3]
+    first = 24 / 3 if start in ("", f"^{inner}layers.0.") else 12 / 3
+    assert scales == [first, 12 / 3 if start else 24 / 3]
 
 
 UP = "base_model.model.layers.0.mlp.up_proj.lora_A.weight"
