@@ -85,7 +85,13 @@ _ALONE = "。！？．｡؟۔؞।॥།༎။၊።፧፨។៕᠃᠉᙮᱾᱿�
 _CLOSING = r"""["'”’»«›‹)\]」』】》〉）］｣]*"""
 _OPENING = "\"'“‘„‚«»‹›([¿¡「『【《〈（［"
 _GREEK = "(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]"  # its question mark
-_END = re.compile(rf"[{_ALONE}]+{_CLOSING}\s*|(?:[{_SPACED}]|{_GREEK})+[“{_CLOSING[1:]}\s+")
+# A run of marks is tried at its first alone, or a line of dots would take quadratic time. What
+# stands behind the opening marks is the group.
+_END = re.compile(
+    rf"(?:[{_ALONE}]+{_CLOSING}\s*|"
+    rf"(?<![{_SPACED}])(?<!{_GREEK})(?:[{_SPACED}]|{_GREEK})+[“{_CLOSING[1:]}\s+)"
+    rf"(?=[{_OPENING}]*(.?))"
+)
 # But no sentence ends after an initial, a known abbreviation, or a group like U.S.
 _NO_END = re.compile(
     r"(?:^|[\s(\[\"'“‘„«])(?:[A-Za-zÀ-ԯ]|(?:[A-Za-zÀ-ԯ]\.)+[A-Za-zÀ-ԯ]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|Gen|Col|Lt|Capt|"
@@ -98,15 +104,16 @@ def sentences(text: str) -> list[str]:
     """The sentences of a text in any language, in order. Line ends always end a sentence."""
     found = []
     for line in text.splitlines():
-        start = 0
+        start = before = 0  # where the sentence starts, and what was last tried as its end
         for end in _END.finditer(line):
-            head, rest = line[start : end.end()].strip(), line[end.end() :].lstrip(_OPENING)
             # A small letter begins no sentence, but for Georgian's.
-            small = rest[:1].islower() and not "ა" <= rest[0] <= "ჿ"
-            begins = end[0][0] in _ALONE or rest[:1].isalnum() and not small
-            if head and begins and not _NO_END.search(head):
-                found.append(head)
+            small = end[1].islower() and not "ა" <= end[1] <= "ჿ"
+            begins = end[0][0] in _ALONE or end[1].isalnum() and not small
+            # No abbreviation goes back over white space, so none is looked for before the last end.
+            if begins and not _NO_END.search(line[before : end.end()].strip()):
+                found.append(line[start : end.end()].strip())
                 start = end.end()
+            before = end.end()
         if line[start:].strip():
             found.append(line[start:].strip())
     return found
