@@ -11,6 +11,7 @@ import pytest
 import llm2vec_data.encode as files
 from llm2vec_data.corpus import read_documents
 from llm2vec_data.encode import read_records
+from llm2vec_data.pairs import read_pairs
 
 TEXTS = ['One, "quoted".', "Two\nlines.", "Ünïcödé\tand a tab", "x" * 200_000, "[1] {a}", "last"]
 
@@ -107,3 +108,105 @@ def test_records_without_text_are_skipped_in_tables_and_arrays_too(tmp_path, cap
         assert read_documents(write(tmp_path, name, content), errors="skip") == ["a"]
         place = "line 3" if name == "a.csv" else "item 2"
         assert f"{name}: skipped 1 lines, the first of them {place}" in capsys.readouterr().err
+
+
+# --- Pairs -------------------------------------------------------------------------------------
+
+PLAIN = [
+    {"query": "a?", "positive": "a.", "negatives": ["not a.", "nor, this"], "instruction": ""},
+    {"query": "b\nb?", "positive": 'b "b".', "negatives": ["not b.", "x"], "instruction": ""},
+]
+
+
+def passages(texts: list[str]) -> list[dict]:
+    return [{"docid": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
+
+
+LAYOUTS = {  # what makes a row of a query, a positive and two negatives
+    "ours": lambda q, p, n: {"query": q, "positive": p, "negative": n},
+    "plural": lambda q, p, n: {"query": q, "positive": [p], "negatives": n, "instruction": None},
+    "sentence-transformers": lambda q, p, n: (
+        {"anchor": q, "positive": p, "negative_1": n[0], "negative_2": n[1], "label": 1}
+    ),
+    "FlagEmbedding": lambda q, p, n: {"query": q, "pos": [p], "neg": n, "prompt": ""},
+    "Tevatron": lambda q, p, n: (
+        {"query": q, "positive_passages": passages([p]), "negative_passages": passages(n)}
+    ),
+    "SimCSE": lambda q, p, n: {"sent0": q, "sent1": p, "hard_neg": n[0], "hard_neg2": n[1]},
+    "paraphrases": lambda q, p, n: (
+        {"sentence1": q, "sentence2": p, "neg_1": n[0], "neg_2": n[1], "score": 1.0}
+    ),
+}
+TABLES = [("sentence-transformers", "a.csv"), ("SimCSE", "a.csv"), ("SimCSE", "a.tsv.gz")]
+KINDS = ["a.jsonl", "a.json", "array.json", "a.ndjson.gz"]
+
+
+@pytest.mark.parametrize("layout, name", [(x, name) for x in LAYOUTS for name in KINDS] + TABLES)
+def test_pairs_in_each_layout_are_those_of_ours(layout, name, tmp_path, capsys):
+    rows = [LAYOUTS[layout](p["query"], p["positive"], p["negatives"]) for p in PLAIN]
+    file = write(tmp_path, name, WRITERS[name.removesuffix(".gz")](rows))
+    assert read_pairs([file]) == read_pairs([tmp_path]) == [PLAIN]
+    said = f"{file}: 2 pairs, 4 negatives, 0 with an instruction\n"
+    assert capsys.readouterr().err == 2 * said
+
+
+def test_each_of_several_positives_makes_a_pair_with_all_negatives(tmp_path, capsys):
+    titled = {"docid": "7", "title": "Title", "text": "a"}
+    row = {"query": "q", "pos": ["a", " ", titled], "neg": ["n"], "prompt": "Find:", "id": 1}
+    row |= {"pos_scores": [1, 1, 1], "instructon": "x"}
+    file = write(tmp_path, "a.jsonl", json_lines([row, row]))
+    [pairs] = read_pairs([file])
+    assert [p["positive"] for p in pairs] == 2 * ["a", "Title a"]
+    assert {(p["query"], *p["negatives"], p["instruction"]) for p in pairs} == {("q", "n", "Find:")}
+    assert capsys.readouterr().err.splitlines() == [
+        f"{file}: 4 pairs, 4 negatives, 4 with an instruction",
+        f"{file}: fields that are not read: id, pos_scores, instructon",
+        f"{file}: left out 2 pairs without a query or a positive, the first of them line 1",
+    ]
+
+
+def test_blanks_are_left_out_and_counted(tmp_path, capsys):
+    row = {"query": "q", "positive": "p"}
+    changes = [
+        {},
+        {"query": "", "positive": ""},
+        {"query": "  "},
+        {"positive": ""},
+        {"positive": []},
+    ]
+    changes += [{"negative": x} for x in (["", ""], [], None, "", ["n", " "])]
+    file = write(tmp_path, "a.jsonl", json_lines([row | change for change in changes]))
+    assert [p["negatives"] for p in read_pairs([file])[0]] == [[], [], [], [], [], ["n"]]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{file}: 6 pairs, 1 negatives, 0 with an instruction",
+        f"{file}: left out 4 pairs without a query or a positive, the first of them line 2",
+        f"{file}: left out 4 blank negatives, the first of them line 6",
+    ]
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"label": 0}, "`label` is 0, .*leave such rows out"),
+        ({"label": False}, "`label` is False"),
+        ({"label": "neutral"}, "`label` is 'neutral'"),
+        ({"score": 3.8}, "`score` is 3.8"),
+        ({"anchor": "q"}, "`anchor` is a second query"),
+        ({"query": ["Find:", "q"]}, "`query`: expected a string"),
+        ({"prompt": {"role": "user"}}, "`prompt`: expected a string"),
+        ({"pos_passages": ["p"], "positive": None}, "expected a positive, named .*pos_passages"),
+        ({"negative_passages": [{"docid": "3"}]}, "`negative_passages`: expected a string"),
+        ({"negatives": [None]}, "`negatives`: expected a string"),
+    ],
+)
+def test_a_row_that_is_no_pair_is_named(row, said, tmp_path):
+    good = {"query": "q", "positive": "p"}
+    file = write(tmp_path, "a.jsonl", json_lines([good, good | row]))
+    with pytest.raises(ValueError, match=f"a.jsonl, line 2: .*{said}"):
+        read_pairs([file])
+
+
+def test_lists_in_a_table_are_named(tmp_path):
+    file = write(tmp_path, "a.csv", "query,pos\nq,\"['p', 'x']\"\n")
+    with pytest.raises(ValueError, match="a.csv, line 2: .*write such pairs as JSON lines"):
+        read_pairs([file])
