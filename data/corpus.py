@@ -1,7 +1,6 @@
 """Text to train on: reading it, splitting it, and cutting it into sentences and blocks."""
 
 import hashlib
-import json
 import re
 import sys
 from array import array
@@ -11,51 +10,59 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm2vec_data.disk import kind_of, lines_of, reading
+from llm2vec_data.disk import JSON, TABLES, kind_of, reading, records_of, value_of
 
 WIKIPEDIA = Path(__file__).parent / "wikipedia.jsonl"
 
 
 def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
-    """The documents of a file: JSON lines with a `text` field (.jsonl), else one a line.
+    """The documents of a file, by its suffix; of another than these, each line is one.
 
-    A folder gives those of the .txt and .jsonl files in it; each may be compressed (.gz). Blank
-    documents are left out. A line that is not UTF-8, or has no text, is a ValueError that names
-    file and line; with errors="skip" it is left out, and standard error says how many were. Raises
-    FileNotFoundError, and ValueError for a corpus without a single document.
+    - .jsonl, .ndjson, .json: a line each, or one array: objects with `text`, or strings
+    - .csv, .tsv: a table whose header has `text`
+
+    A folder gives those of the .txt files and of these kinds in it; each may be compressed (.gz).
+    Blank documents are left out. A record that is not UTF-8, or has no text, is a ValueError that
+    names file and line; with errors="skip" it is left out, and standard error says how many were.
+    Raises FileNotFoundError, and ValueError for a corpus without a single document, for a table
+    whose rows do not fit its header, and for what is no text.
     """
     path, files, documents = Path(path), [Path(path)], []
+    kinds = (".txt", *JSON, *TABLES)
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if kind_of(f) in (".txt", ".jsonl"))
+        files = sorted(f for f in path.iterdir() if kind_of(f) in kinds)
     for file in files:
         bad = []
-        for number, line in enumerate(lines_of(file), start=1):
+        for place, record in records_of(file):
             try:
-                if line.strip():
-                    documents.append(read_record(line, file, number)["text"].strip())
+                documents.append(read_record(record, file, place)["text"].strip())
             except ValueError:
                 if errors != "skip":
                     raise
-                bad.append(number)
+                bad.append(place)
         if bad:
-            what = f"skipped {len(bad)} lines, the first of them line {bad[0]}"
+            what = f"skipped {len(bad)} lines, the first of them {bad[0]}"
             print(f"{file}: {what}", file=sys.stderr)
     documents = [document for document in documents if document]
     if not documents:
-        what = "no text in its .txt and .jsonl files" if path.is_dir() else "there is no text in it"
+        kinds = f"no text in its {', '.join(kinds)} files"
+        what = kinds if path.is_dir() else "there is no text in it"
         raise ValueError(f"{path}: an empty corpus, {what}")
     return documents
 
 
-def read_record(line: bytes, file: str | Path, number: int) -> dict:
-    """A line of a file as {"text": ...}, and of a .jsonl file whatever else it holds."""
-    with reading(f"{file}, line {number}"):
-        text = line.decode("utf-8-sig").rstrip("\r\n")
-        record = json.loads(text) if kind_of(file) == ".jsonl" else {"text": text}
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError("expected a JSON object with a string `text`")
-        record["text"].encode()  # half a surrogate pair is no text
-        return record
+def read_record(record: object, file: str | Path, place: str) -> dict:
+    """A record of a file as {"text": ...}, and whatever else an object or a row holds."""
+    with reading(f"{file}, {place}"):
+        if isinstance(record, bytes) and kind_of(file) not in JSON:
+            return {"text": record.decode("utf-8-sig").rstrip("\r\n")}
+        value = value_of(record)
+        value = {"text": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            has = f"; it has {', '.join(value):.200}" if isinstance(value, dict) else ""
+            raise ValueError(f"expected an object with a string `text`{has}")
+        value["text"].encode()  # half a surrogate pair is no text
+        return value
 
 
 def split_documents(documents: Sequence[str], one_in: int = 50) -> tuple[list[str], list[str]]:
@@ -85,7 +92,13 @@ _ALONE = "。！？．｡؟۔؞।॥།༎။၊።፧፨។៕᠃᠉᙮᱾᱿�
 _CLOSING = r"""["'”’»«›‹)\]」』】》〉）］｣]*"""
 _OPENING = "\"'“‘„‚«»‹›([¿¡「『【《〈（［"
 _GREEK = "(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]"  # its question mark
-_END = re.compile(rf"[{_ALONE}]+{_CLOSING}\s*|(?:[{_SPACED}]|{_GREEK})+[“{_CLOSING[1:]}\s+")
+# A run of marks is tried at its first alone, or a line of dots would take quadratic time. What
+# stands behind the opening marks is the group.
+_END = re.compile(
+    rf"(?:[{_ALONE}]+{_CLOSING}\s*|"
+    rf"(?<![{_SPACED}])(?<!{_GREEK})(?:[{_SPACED}]|{_GREEK})+[“{_CLOSING[1:]}\s+)"
+    rf"(?=[{_OPENING}]*(.?))"
+)
 # But no sentence ends after an initial, a known abbreviation, or a group like U.S.
 _NO_END = re.compile(
     r"(?:^|[\s(\[\"'“‘„«])(?:[A-Za-zÀ-ԯ]|(?:[A-Za-zÀ-ԯ]\.)+[A-Za-zÀ-ԯ]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|Gen|Col|Lt|Capt|"
@@ -98,15 +111,16 @@ def sentences(text: str) -> list[str]:
     """The sentences of a text in any language, in order. Line ends always end a sentence."""
     found = []
     for line in text.splitlines():
-        start = 0
+        start = before = 0  # where the sentence starts, and what was last tried as its end
         for end in _END.finditer(line):
-            head, rest = line[start : end.end()].strip(), line[end.end() :].lstrip(_OPENING)
             # A small letter begins no sentence, but for Georgian's.
-            small = rest[:1].islower() and not "ა" <= rest[0] <= "ჿ"
-            begins = end[0][0] in _ALONE or rest[:1].isalnum() and not small
-            if head and begins and not _NO_END.search(head):
-                found.append(head)
+            small = end[1].islower() and not "ა" <= end[1] <= "ჿ"
+            begins = end[0][0] in _ALONE or end[1].isalnum() and not small
+            # No abbreviation goes back over white space, so none is looked for before the last end.
+            if begins and not _NO_END.search(line[before : end.end()].strip()):
+                found.append(line[start : end.end()].strip())
                 start = end.end()
+            before = end.end()
         if line[start:].strip():
             found.append(line[start:].strip())
     return found

@@ -1,14 +1,23 @@
 """Reading and writing files so that nothing is lost and every error names the file."""
 
 import contextlib
+import csv
 import gzip
+import itertools
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+JSON, TABLES = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
+CONVERTERS = {".parquet": "pandas.read_parquet", ".arrow": "datasets.Dataset.from_file"}
+ARRAY = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*[{"\]]')  # how one of objects or strings begins
+OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # or an array of such
+csv.field_size_limit(2**31 - 1)  # a document may be longer than 131,072 characters
 
 # --- Reading -----------------------------------------------------------------------------------
 
@@ -38,8 +47,8 @@ def read_json(file: Path) -> dict:
 
 
 def kind_of(file: str | Path) -> str:
-    """The suffix of a file, before .gz."""
-    return Path(str(file).removesuffix(".gz")).suffix
+    """The suffix of a file, before .gz, in small letters."""
+    return Path(str(file).lower().removesuffix(".gz")).suffix
 
 
 def lines_of(file: str | Path) -> Iterator[bytes]:
@@ -47,12 +56,86 @@ def lines_of(file: str | Path) -> Iterator[bytes]:
 
     What goes wrong while it is read is a ValueError that names the file, UTF-16 for one.
     """
-    opener = gzip.open if str(file).endswith(".gz") else open
+    opener = gzip.open if str(file).lower().endswith(".gz") else open
     with reading(file), sys.stdin.buffer if str(file) == "-" else opener(file, "rb") as lines:
         start = lines.peek(2)
         if start[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0" in start:
             raise ValueError("is UTF-16, as PowerShell and Notepad write it: save it as UTF-8")
         yield from lines
+
+
+def records_of(file: str | Path) -> Iterator[tuple[str, object]]:
+    """Each record of a file, and its place in it, such as "line 3".
+
+    A record is a line, in bytes; of JSON lines (.jsonl, .ndjson, .json), which `value_of` parses,
+    one that is not blank. Where such a file holds one array it is an item of it, and of a table
+    with a header (.csv, .tsv) it is a dict. Each may be compressed (.gz); `-` is standard input, of
+    lines. Raises ValueError for a file that is none of these, and says what to do.
+    """
+    kind, lines = kind_of(file), lines_of(file)
+    if str(file) != "-":
+        head = list(itertools.islice(lines, 9))
+        start, lines = b"".join(head), itertools.chain(head, lines)
+        refuse_other_kinds(file, start)
+        if kind in TABLES:
+            yield from rows_of(file, lines)
+            return
+        if kind in JSON and ARRAY.match(start):
+            whole = b"".join(lines)
+            with reading(file):
+                items = value_of(whole)
+            yield from ((f"item {i}", item) for i, item in enumerate(items, start=1))
+            return
+    for i, line in enumerate(lines, start=1):
+        if kind not in JSON or line.strip():
+            yield f"line {i}", line
+
+
+def refuse_other_kinds(file: str | Path, start: bytes) -> None:
+    """Raise ValueError for a file that would pass for lines of text, and by its start is not."""
+    kind = kind_of(file)
+    if kind in CONVERTERS:
+        call, target = CONVERTERS[kind], Path(file).with_suffix(".jsonl")
+        what = f"{call}('{file}').to_json('{target}', lines=True, orient='records')"
+        what = f'python -c "import {call.partition(".")[0]}; {what}"'
+        raise ValueError(f"{file}: convert it to JSON lines: {what}")
+    # A stray NUL is dirt in a .txt file; UTF-16 without its mark has one for every letter.
+    if start.count(0) > (len(start) // 4 if kind == ".txt" else 0) or start[:4] == b"%PDF":
+        raise ValueError(f"{file}: is not text: convert it to .txt or .jsonl, in UTF-8")
+    if kind not in (*JSON, *TABLES) and OBJECT.match(start):
+        raise ValueError(f"{file}: looks like JSON lines: rename it to .jsonl")
+
+
+def rows_of(file: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dict]]:
+    """Each row of a table as a dict, and the line that it ends in; the first names the columns.
+
+    What is not UTF-8 becomes halves of surrogate pairs, which no reader takes for text. Raises
+    ValueError for a quotation mark without another and for a row of another length: what follows
+    is not what it seems.
+    """
+    text = (line.decode("utf-8-sig", "surrogateescape") for line in lines)
+    table, header = csv.reader(text, delimiter=TABLES[kind_of(file)], strict=True), []
+    try:
+        for row in filter(None, table):
+            header = header or row
+            if len(row) != len({*header}):
+                what = f"{len(row)} columns, where the header names {len({*header})}"
+                raise csv.Error(f"{what}; text with commas, tabs or line ends needs quotes")
+            if row is not header:
+                yield f"line {table.line_num}", dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {table.line_num}: {error}") from None
+
+
+def value_of(record: object) -> object:
+    """What a record of `records_of` holds, of which a line is parsed as JSON."""
+    if not isinstance(record, bytes):
+        return record
+    try:
+        return json.loads(record.decode("utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        what = "expected a JSON object on each line, or one array of them"
+        raise ValueError(f"{what}: {error}") from None
 
 
 # --- Writing -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from llm2vec_data.corpus import read_record
-from llm2vec_data.disk import complete_file, lines_of
+from llm2vec_data.disk import complete_file, records_of
 from llm2vec_data.processes import RANK, WORLD_SIZE
 
 
@@ -24,17 +24,17 @@ def encode_file(
 ) -> int:
     """Write the vectors that an encoder gives a file's texts; returns their number.
 
-    Memory is that of 4,096 texts.
+    Memory is that of 4,096 texts, but for one JSON array, which is read whole.
 
     Standard error says how many texts are longer than the model's max_length, and are cut.
 
-    Under torchrun each process encodes one contiguous part of the lines and writes it by itself:
+    Under torchrun each process encodes one contiguous part of the texts and writes it by itself:
     `vectors.npy` becomes `vectors-00000-of-00004.npy` and so on, which stand in the order of the
-    lines. A file appears under its name once it is complete.
+    texts. A file appears under its name once it is complete.
 
     Args:
-        source: a text a line, or JSON lines with a `text` field (.jsonl), perhaps compressed (.gz);
-            `-` is standard input.
+        source: a text a line, or one of the kinds that `read_documents` knows by their suffix,
+            perhaps compressed (.gz); `-` is standard input, a text a line.
         target: NumPy's format, float32 (N, d); or JSON lines (.jsonl, or `-` for standard output),
             which repeat the fields of the input and add `vector`.
     """
@@ -95,10 +95,10 @@ def tell_cut(model, cut: int, number: int) -> None:
 
 
 def read_records(source: str) -> Iterator[dict]:
-    """The lines of a file, those of this process, as {"text": ...} and whatever else they hold."""
+    """The records of a file, those of this process, as {"text": ...} and what else they hold."""
     first, last = 0, None
     if WORLD_SIZE > 1:
-        n = sum(1 for _ in lines_of(source))
+        n = sum(1 for _ in records_of(source))
         first, last = n * RANK // WORLD_SIZE, n * (RANK + 1) // WORLD_SIZE
-    for number, line in itertools.islice(enumerate(lines_of(source), start=1), first, last):
-        yield read_record(line, source, number)
+    for place, record in itertools.islice(records_of(source), first, last):
+        yield read_record(record, source, place)

@@ -1,6 +1,7 @@
 """Reading, splitting and cutting text."""
 
 import gzip
+import time
 
 import pytest
 import torch
@@ -115,6 +116,22 @@ def test_utf_16_is_called_by_its_name(tmp_path, encoding):
     for read in (read_documents, lambda f: read_pairs([f]), lambda f: list(read_records(str(f)))):
         with pytest.raises(ValueError, match="a.jsonl: is UTF-16, .*: save it as UTF-8"):
             read(file)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [".", "A. ", "a.b.c.", '"', "?!", "It is. ", '." ', ".)", '. "(', "α;", "。", "这是。」"],
+)
+def test_a_line_of_a_megabyte_takes_linear_time(unit):
+    """Four times the length takes some four times as long, not sixteen."""
+
+    def seconds(length: int) -> float:
+        line, start = (unit * length)[:length], time.process_time()
+        assert "".join(sentences(line)).replace(" ", "") == line.replace(" ", "")
+        return time.process_time() - start
+
+    seconds(1000)
+    assert seconds(1_000_000) < 8 * min(seconds(250_000) for _ in range(2)) + 0.05
 
 
 def test_sentences_lose_no_word():

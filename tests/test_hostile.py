@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2vec import Decoder, LLM2Vec
-from llm2vec_data.corpus import read_documents, sentences
-from llm2vec_data.encode import encode_file, read_record
+from llm2vec_data.corpus import read_documents, read_record, sentences
+from llm2vec_data.encode import encode_file, read_records
 from lora import load_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -192,14 +192,14 @@ def test_a_line_without_text_is_named_or_skipped_and_counted(bad, tmp_path, caps
     with pytest.raises(ValueError, match="empty corpus"):
         read_documents(file, errors="skip")
     with pytest.raises(ValueError, match="a.jsonl, line 7: "):
-        read_record(bad, "a.jsonl", 7)
+        read_record(bad, "a.jsonl", "line 7")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     for name, line in (("a.txt", "\ufeffgood\n"), ("a.jsonl", '\ufeff{"text": "good"}\n')):
         (tmp_path / name).write_text(line, encoding="utf-8")
         assert read_documents(tmp_path / name) == ["good"]
-        assert read_record(line.encode(), name, 1)["text"] == "good"
+        assert [record["text"] for record in read_records(str(tmp_path / name))] == ["good"]
 
 
 def test_half_a_surrogate_pair_in_another_field_is_passed_through(tmp_path):
