@@ -29,7 +29,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -43,10 +43,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from llm2vec_data import checkpoints
+from llm2vec_data.batches import batches_by_length, compile_layers, min_batch_tokens, pad
 from llm2vec_data.checkpoints import PREFIX, UNUSED, check_tensor, find_checkpoint, load_tokenizer
 from llm2vec_data.commands import cli
 from llm2vec_data.disk import read_json, reading
-from llm2vec_data.encode import count_cut, encode_file, tell_cut
+from llm2vec_data.encode import count_cut, encode_file, tell_cut, word_states
 from llm2vec_data.export import save_encoder
 from llm2vec_data.processes import default_device, has_bfloat16
 from lora import load_adapter, load_extra, merge_lora
@@ -420,12 +421,6 @@ def tokenize(
     return rows
 
 
-def pad(rows: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Tensor:
-    """Rows of different lengths as one (B, T) tensor, filled with 0 at the right."""
-    T = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device)
-
-
 # --- Pooling -----------------------------------------------------------------------------------
 
 
@@ -716,76 +711,6 @@ class LLM2Vec(nn.Module):
         save_encoder(self, Path(folder))
 
 
-@torch.no_grad()
-def word_states(encoder: LLM2Vec, sentences: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-    """States of all words, (words, d) float32: at a word's tokens, and one token before each.
-
-    A word's vector averages those of its tokens. The state before a token is where the model
-    predicts it; the first token of a row has none before, and gives its own.
-    """
-    decoder = encoder.decoder.eval()
-    encodings = encoder.tokenizer.encode_batch([" ".join(words) for words in sentences])
-    firsts = np.cumsum([0] + [len(words) for words in sentences])
-    total = torch.zeros(firsts[-1], 2, decoder.config.hidden_size)
-    count = torch.zeros(firsts[-1], 1, 1)
-    for batch in batches_by_length([len(e.ids) for e in encodings], 8192):
-        ids = pad([encodings[i].ids for i in batch], decoder.device)
-        segments = pad([[1] * len(encodings[i].ids) for i in batch], decoder.device)
-        for row, i in zip(decoder(ids, segments).float().cpu(), batch, strict=True):
-            # The word that a token is in, by where it ends; a space goes with the word behind it.
-            inside = np.repeat(np.arange(len(sentences[i])), [len(w) + 1 for w in sentences[i]])
-            # Special tokens are nowhere in the text: they end where they start.
-            ends = {t: end for t, (start, end) in enumerate(encodings[i].offsets) if end > start}
-            word = torch.from_numpy(firsts[i] + inside[list(ends.values())])
-            t = torch.tensor(list(ends))
-            total.index_add_(0, word, torch.stack([row[t], row[(t - 1).clamp_min(0)]], dim=1))
-            count.index_add_(0, word, torch.ones(len(t), 1, 1))
-    return (total / count.clamp_min(1)).unbind(1)
-
-
-# --- Batches, and what the hardware can do -----------------------------------------------------
-
-
-def batches_by_length(
-    lengths: Sequence[int], max_tokens: int, least: int = 256
-) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, each of at most max_tokens with padding.
-
-    What is longer than that is a batch by itself. A text shorter than 7/8 of the longest starts a
-    new batch, if this one has `least` tokens.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        longest = lengths[order[0]]
-        most = max(1, max_tokens // longest)
-        alike = sum(8 * lengths[i] >= 7 * longest for i in order[:most])
-        n = max(alike, min(most, least // longest))
-        yield order[:n]
-        order = order[n:]
-
-
-def min_batch_tokens(decoder: Decoder) -> int:
-    """Tokens of a pass, fewer of which would take as long.
-
-    With fewer, a GPU waits for some hundred kernels of each layer to be launched, not for the
-    arithmetic, of which each token needs as much as a layer has numbers.
-    """
-    if decoder.device.type == "cpu":
-        return 256
-    return 2**39 // sum(p.numel() for p in decoder.layers[0].parameters())
-
-
-def compile_layers(decoder: Decoder) -> None:
-    """Have torch.compile fuse what each layer does between its matrix products.
-
-    On an H100, an MNTP step of a 7B model then takes 0.77 of the time, encoding 0.85. How compiled
-    code rounds depends on its first batch: a run that is resumed does not end with the same bits.
-    """
-    torch._dynamo.config.cache_size_limit = 64  # a layer compiled too often is not compiled at all
-    for layer in decoder.layers:  # dynamic: batches differ in length
-        layer.compile(dynamic=True, options={"fallback_random": True})  # dropout as uncompiled
-
-
 # --- Command line ------------------------------------------------------------------------------
 
 
@@ -824,7 +749,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     encode = commands.add_parser("encode", help="write the vectors of a file's texts")
     add = encode.add_argument
-    add("--input", required=True, help="a text a line, or .jsonl with `text`; - is standard input")
+    text = "a text a line, or .jsonl, .json, .csv with `text`; - is standard input"
+    add("--input", required=True, help=text)
     add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
     add("--normalize", action="store_true", help="vectors of length 1")
     similar = commands.add_parser("similar", help="print the cosines between a few sentences")

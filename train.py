@@ -259,7 +259,8 @@ class Batches:
 # --- Step 2: masked next-token prediction ------------------------------------------------------
 
 
-CORPUS = "a document a line, .jsonl with `text`, a folder of such (default: bundled Wikipedia)"
+CORPUS = "text, a document a line; JSON lines, .json, .csv with `text`; a folder of such; any of "
+CORPUS += "them as .gz (default: bundled Wikipedia)"
 
 
 @dataclass
@@ -480,8 +481,8 @@ def gradcache(
 @dataclass
 class SupervisedSettings(ContrastiveSettings):
     pairs: list[str] = setting(
-        "JSON lines with query, positive, perhaps negative and instruction, or a folder of such "
-        "files (default: bundled pairs)",
+        "JSON lines or .csv with query, positive, perhaps negative and instruction (or the names "
+        "that other trainers have for them), or a folder of such files (default: bundled pairs)",
         [],
         same_result=True,
     )

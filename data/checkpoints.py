@@ -372,6 +372,11 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
         tokenizer.encode("a")  # some faults show only in use
         if template is not None:
             add_template(tokenizer, *TEMPLATES[template])
+    settings = Path(folder) / TOKENIZER
+    adds = settings.exists() and read_json(settings).get("add_eos_token")
+    if adds and not tokenizer.encode("a").special_tokens_mask[-1]:
+        what = "add_eos_token is true, but tokenizer.json appends no EOS: texts end without it"
+        print(f"{settings}: {what}", file=sys.stderr)
     tokenizer.encode_special_tokens = True
     return tokenizer
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import gzip
+import io
 import itertools
 import json
 import os
@@ -148,7 +149,12 @@ def complete_file(target: str | Path) -> Iterator[BinaryIO]:
     `-` is standard output.
     """
     if str(target) == "-":
-        yield sys.stdout.buffer
+        if hasattr(sys.stdout, "buffer"):
+            yield sys.stdout.buffer
+        else:  # of a notebook
+            out = io.BytesIO()
+            yield out
+            sys.stdout.write(out.getvalue().decode("utf-8"))
         return
     part = Path(f"{target}.part")
     try:

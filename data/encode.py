@@ -1,15 +1,18 @@
-"""A file of texts to a file of vectors, in memory that does not grow with the file."""
+"""What an encoder gives: a file of vectors for a file of texts, and the states of words."""
 
 import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from llm2vec_data.batches import batches_by_length, pad
 from llm2vec_data.corpus import read_record
 from llm2vec_data.disk import complete_file, records_of
 from llm2vec_data.processes import RANK, WORLD_SIZE
@@ -102,3 +105,33 @@ def read_records(source: str) -> Iterator[dict]:
         first, last = n * RANK // WORLD_SIZE, n * (RANK + 1) // WORLD_SIZE
     for place, record in itertools.islice(records_of(source), first, last):
         yield read_record(record, source, place)
+
+
+# --- Words ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def word_states(encoder, sentences: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    """States of all words, (words, d) float32: at a word's tokens, and one token before each.
+
+    A word's vector averages those of its tokens. The state before a token is where the model
+    predicts it; the first token of a row has none before, and gives its own.
+    """
+    decoder = encoder.decoder.eval()
+    encodings = encoder.tokenizer.encode_batch([" ".join(words) for words in sentences])
+    firsts = np.cumsum([0] + [len(words) for words in sentences])
+    total = torch.zeros(firsts[-1], 2, decoder.config.hidden_size)
+    count = torch.zeros(firsts[-1], 1, 1)
+    for batch in batches_by_length([len(e.ids) for e in encodings], 8192):
+        ids = pad([encodings[i].ids for i in batch], decoder.device)
+        segments = pad([[1] * len(encodings[i].ids) for i in batch], decoder.device)
+        for row, i in zip(decoder(ids, segments).float().cpu(), batch, strict=True):
+            # The word that a token is in, by where it ends; a space goes with the word behind it.
+            inside = np.repeat(np.arange(len(sentences[i])), [len(w) + 1 for w in sentences[i]])
+            # Special tokens are nowhere in the text: they end where they start.
+            ends = {t: end for t, (start, end) in enumerate(encodings[i].offsets) if end > start}
+            word = torch.from_numpy(firsts[i] + inside[list(ends.values())])
+            t = torch.tensor(list(ends))
+            total.index_add_(0, word, torch.stack([row[t], row[(t - 1).clamp_min(0)]], dim=1))
+            count.index_add_(0, word, torch.ones(len(t), 1, 1))
+    return (total / count.clamp_min(1)).unbind(1)
