@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import Field
 from pathlib import Path
@@ -306,7 +307,9 @@ def read_adapter_config(file: Path) -> dict:
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = config.get(field) or {}
             numbers |= {f"{field} of {p}": value for p, value in patterns.items()}
-            config[field] = {re.compile(rf"(.*\.)?({p})$"): v for p, v in patterns.items()}
+            with warnings.catch_warnings():  # what Python 3.10 only warns of
+                warnings.simplefilter("error")
+                config[field] = {re.compile(rf"(.*\.)?({p})$"): v for p, v in patterns.items()}
         for key, value in numbers.items():
             if type(value) not in (int, float) or not 0 < value < 1e15:
                 raise ValueError(f"{key} is {value!r}, expected a number above 0")

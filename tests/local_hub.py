@@ -1,11 +1,13 @@
 """A Hugging Face hub on loopback, for tests that download: pytest_plugins = ["local_hub"]."""
 
+import itertools
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
@@ -50,14 +52,28 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub of `repositories`, and an empty cache; `asked` is what it was asked for."""
+    """A hub of `repositories`, and an empty cache; `asked` is what it was asked for.
+
+    `offline(True)` cuts the line to it.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     server.repositories, server.asked, server.gated = {}, [], False
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    template = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    address = f"http://127.0.0.1:{server.server_port}"
+    values = {"ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    values["HUGGINGFACE_CO_URL_TEMPLATE"] = template
+    library = [m for name, m in sys.modules.items() if name.startswith("huggingface_hub")]
+    for module, name in itertools.product(library, values):  # versions below 1 import the names
+        if name in vars(module):
+            monkeypatch.setattr(module, name, values[name])
+
+    def offline(value: bool) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", value)
+        getattr(utils, "reset_sessions", lambda: None)()  # which know it, before version 1
+
+    server.offline = offline
+    offline(False)
     yield server
     server.shutdown()
     server.server_close()

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
@@ -292,7 +291,7 @@ def test_a_name_on_the_hub_is_as_good_as_a_folder(hub, models, monkeypatch):
     needed = {"config.json", "tokenizer.json", "model.safetensors"}
     assert asked == needed | {"adapter_config.json", "adapter_model.safetensors"}
     assert Decoder.from_pretrained("some/model").name_or_path == "some/model"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.offline(True)
     hub.repositories.clear()
     again = LLM2Vec.from_pretrained("some/model", "some/adapter")  # from the cache
     assert np.array_equal(again.encode(TEXTS), expected.encode(TEXTS))
@@ -307,11 +306,11 @@ def test_a_name_that_the_hub_does_not_give_is_one_line(hub, models, monkeypatch,
     hub.gated = True
     with pytest.raises(ValueError, match="some/gated: .* accept its terms .*hf auth login"):
         LLM2Vec.from_pretrained("some/gated")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.offline(True)
     with pytest.raises(ValueError, match="some/model: .* HF_HUB_OFFLINE"):
         LLM2Vec.from_pretrained("some/model")
     before = list(hub.asked)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.offline(False)
     for path in (tmp_path / "missing", f"{tmp_path}/a/b", "three/part/name", "name"):
         with pytest.raises(FileNotFoundError, match="no such folder"):
             find_checkpoint(path)

@@ -94,7 +94,9 @@ def away(monkeypatch):
     """The mode, and what torch and safetensors would know of a device that is there."""
     monkeypatch.setattr(torch, "lazy", SimpleNamespace(_initialized=False), raising=False)
     adam = sys.modules["torch.optim.adam"]
-    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
+    for module in (adam, sys.modules["torch.optim.adamw"]):  # by name, before torch 2.7
+        check = "_device_dtype_check_for_fused"
+        monkeypatch.setattr(module, check, lambda *_, **__: None, raising=False)
     for module in (export, lora, runs):
         for name in {"save_file", "save_bytes"} & set(vars(module)):
             save = getattr(module, name)

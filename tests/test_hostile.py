@@ -102,7 +102,7 @@ def test_a_wrong_tensor_of_an_adapter_is_named(change, said, adapter):
         ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
         ({"alpha_pattern": {"q_proj": 1e308}}, "alpha_pattern of q_proj is 1e"),
         ({"rank_pattern": {"((q_proj)": 8}}, "unterminated subpattern"),
-        ({"alpha_pattern": {"(?i)q_proj": 8}}, "flags not at the start"),
+        ({"alpha_pattern": {"(?i)q_proj": 8}}, "lags not at the start"),
         ({"rank_pattern": {"(" * 5000 + ")" * 5000: 8}}, ""),
     ],
 )

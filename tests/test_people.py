@@ -203,7 +203,12 @@ def test_an_eos_that_the_tokenizer_does_not_append_is_said(tmp_path, capsys):
 def test_what_is_known_to_be_right_is_no_wrong_answer():
     """By a brute-force loop over texts, of which two are equal once they are cut."""
     model = tiny()
-    pairs = [pair("q", "a", "b"), pair("q", "b"), pair("a", "q"), pair("r", "long text, cut short here", "r")]
+    pairs = [
+        pair("q", "a", "b"),
+        pair("q", "b"),
+        pair("a", "q"),
+        pair("r", "long text, cut short here", "r"),
+    ]
     pairs += [pair("s", "long text, cut short there"), pair("q", "c", instruction="is")]
     texts = [p["query"] for p in pairs] + [p["positive"] for p in pairs]
     texts += [n for p in pairs for n in p["negatives"]]
