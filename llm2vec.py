@@ -610,12 +610,13 @@ class LLM2Vec(nn.Module):
         device: str | torch.device | None = None,
         template: str | None = None,
         separator: str | None = None,
+        include_prompt: bool | None = None,
     ) -> "LLM2Vec":
         """Load a checkpoint and merge adapters into it, in the order given.
 
-        Each is a folder, or a name on the Hugging Face hub. pooling, max_length, is_causal and
-        separator default to what an encoder's folder says, else to "mean", 512, False and a line
-        break; the separator to a space for the authors' checkpoints, adapters and templates.
+        Each is a folder, or a name on the Hugging Face hub. pooling, max_length, is_causal,
+        separator and include_prompt default to what an encoder's folder says, else to "mean", 512,
+        False, a line break and False; the separator to a space for what the authors made.
         template is the name of one in checkpoints.TEMPLATES. device defaults to the first of cuda,
         mps and cpu that is there; dtype to bfloat16 on a GPU that has it, else to float32.
         """
@@ -631,8 +632,8 @@ class LLM2Vec(nn.Module):
         options = checkpoints.encoder_options(folder, adapters)
         if template in ("mistral", "llama-3"):
             options.setdefault("separator", " ")  # as the authors have it
-        given = {"pooling": pooling, "max_length": max_length}
-        given |= {"is_causal": is_causal, "separator": separator}
+        given = {"pooling": pooling, "max_length": max_length, "is_causal": is_causal}
+        given |= {"separator": separator, "include_prompt": include_prompt}
         options |= {name: value for name, value in given.items() if value is not None}
         tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
         decoder = Decoder.from_pretrained(path_or_name, dtype, device)

@@ -353,9 +353,14 @@ class EncoderSettings(Settings):
     pooling: str | None = setting(
         "how states become a vector; default: as the folder says, else mean", None, llm2vec.POOLING
     )
+    include_prompt: bool | None = setting(
+        "pool over BOS, template and instruction too, as all servers do; default: as the folder",
+        None,
+    )
 
     def for_model(self, model: LLM2Vec) -> "EncoderSettings":
-        return replace(self, pooling=self.pooling or model.pooling)
+        whole = model.include_prompt if self.include_prompt is None else self.include_prompt
+        return replace(self, pooling=self.pooling or model.pooling, include_prompt=whole)
 
 
 @dataclass
@@ -397,22 +402,20 @@ def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -
 
 def as_trained(model: LLM2Vec, texts: Sequence[str], settings: EncoderSettings) -> None:
     """Pool as the settings say, and read at least as many tokens of a text as training does."""
-    model.pooling, model.max_length = settings.pooling, max(model.max_length, settings.length)
+    model.pooling, model.include_prompt = settings.pooling, settings.include_prompt
+    model.max_length = max(model.max_length, settings.length)
     rows = model.rows(texts[:: math.ceil(len(texts) / 10_000)], max_length=2**31)
     lengths = sorted(len(ids) for ids, _ in rows)  # of ten thousand, at most
     cut = sum(n > settings.length for n in lengths) / len(lengths)
-    log(
-        f"{len(texts)} texts, of {lengths[len(lengths) // 2]} tokens in the median and at most "
-        f"{lengths[-1]}; {cut:.1%} are cut at --length {settings.length}"
-    )
+    of = f"of {lengths[len(lengths) // 2]} tokens in the median and at most {lengths[-1]}"
+    log(f"{len(texts)} texts, {of}; {cut:.1%} are cut at --length {settings.length}")
 
 
 def known_right(texts: Sequence[str], rows: Sequence[tuple[list, list]], n: int) -> Tensor:
     """Candidates that are no wrong answer to a query, and not its own: (n, candidates) booleans.
 
     Of n queries, their n positives and any number of negatives, in this order. Right are the
-    query's own text, and the positives of every pair that has the same query and instruction;
-    texts that are equal once they are cut are equal.
+    query's own text, as it is or as it is cut, and the positives of pairs with the same query.
     """
     seen, names, right = {}, [], {}
     for text, (ids, own) in zip(texts, rows, strict=True):

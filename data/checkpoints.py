@@ -438,7 +438,7 @@ def encoder_options(folder: Path, adapters: Sequence[Path] = ()) -> dict[str, ob
     for adapter in adapters:  # a run knows how it was trained
         if (adapter / "settings.json").exists():
             run = read_json(adapter / "settings.json")
-            known = {name: run.get(name) for name in ("pooling", "is_causal")}
+            known = {name: run.get(name) for name in ("pooling", "include_prompt", "is_causal")}
             options |= {name: value for name, value in known.items() if value is not None}
     return options
 
