@@ -587,7 +587,7 @@ class LLM2Vec(nn.Module):
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, nn.ModuleDict()
         self.pooling, self.max_length = pooling, max_length
         self.separator, self.include_prompt = separator, include_prompt
-        self.prompts = dict(prompts or {})
+        self.prompts, self.made_of = dict(prompts or {}), []  # made_of: names, for a model card
         if pooling not in POOLING:
             raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
         # A token behind the embedding (<pad>, often) is made special: a text can't produce it then.
@@ -622,7 +622,7 @@ class LLM2Vec(nn.Module):
         """
         folder = find_checkpoint(path_or_name, "tokenizer.json")
         adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters
-        adapters = [checkpoints.find_adapter(adapter) for adapter in adapters]
+        names, adapters = adapters, [checkpoints.find_adapter(adapter) for adapter in adapters]
         device = torch.device(device or default_device())
         if device == torch.device("cuda"):  # safetensors would take the first GPU for each process
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -641,6 +641,7 @@ class LLM2Vec(nn.Module):
         with torch.random.fork_rng(devices=()):  # new modules are the same ones each time
             torch.manual_seed(0)
             model = cls(decoder, tokenizer, **options).to(device).eval()
+        model.made_of = [path_or_name, *names]
         load_extra(model, folder)  # of an exported encoder: the modules beside its decoder
         for adapter in adapters:
             load_adapter(model, adapter)

@@ -121,7 +121,7 @@ def fit(
         log(f"{folder}: finished before; --overwrite trains it anew")
         lora.remove_lora(model)
         lora.load_adapter(model, folder)
-        return merge(model)
+        return merge(model, folder)
     if settings.warm_up > settings.steps:
         log(f"--warm-up {settings.warm_up:g} is longer than the run: the rate never reaches --lr")
     torch.manual_seed(settings.seed)
@@ -153,14 +153,15 @@ def fit(
             if not run.patient:
                 break
         run.finish(model, trained)
-    merge(model)
+    merge(model, folder)
 
 
-def merge(model: LLM2Vec) -> None:
+def merge(model: LLM2Vec, folder: Path) -> None:
     """Merge the adapters, and freeze the decoder again; 4-bit weights keep theirs beside them."""
     if not lora.is_quantized(model):
         lora.merge_lora(model)
     model.decoder.requires_grad_(False).name_or_path = None  # no checkpoint has these weights
+    model.made_of.append(folder)
 
 
 def dev_score(model: LLM2Vec, settings: Settings) -> float:

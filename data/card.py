@@ -31,9 +31,8 @@ A text encoder made from a decoder-only language model by the method of LLM2Vec
 vectors = model.encode(["A man plays a guitar.", "Someone makes music."])
 ```
 
-Its config.json says `"is_causal": {is_causal}`, which transformers honours since version 5.2. {older}
-{rounding}
-"""
+Its config.json says `"is_causal": {is_causal}`, which transformers honours since version 5.2.
+{older}{rounding}"""
 LOAD = """import torch
 from sentence_transformers import SentenceTransformer
 
@@ -46,17 +45,20 @@ model = LLM2Vec.from_pretrained("FOLDER")"""
 def model_card(encoder, name: str, for_all: bool) -> str:
     """The card of an encoder; for_all: whether sentence-transformers gives the same vectors."""
     decoder, made_of = encoder.decoder, [str(part) for part in encoder.made_of]
-    on_hub = made_of and re.fullmatch(r"[\w.-]+/[\w.-]+", made_of[0]) and not Path(made_of[0]).exists()
+    a_name = bool(made_of) and re.fullmatch(r"[\w.-]+/[\w.-]+", made_of[0])
+    on_hub = a_name and not Path(made_of[0]).exists()
     dtype = str(decoder.norm.weight.dtype).removeprefix("torch.")
     whole = "all tokens" if encoder.include_prompt else "its own tokens, without BOS and prompt"
     pooling = {"mean": "the mean", "weighted_mean": "the mean, weighted by position,"}
-    older = "Older versions read it as a causal model, without a word, and give other vectors."
-    rounding = "The cosines of vectors in bfloat16 with those in float32 are near 1, but for short"
-    rounding += " texts down to 0.9: compute in float32 where that counts."
+    older = "Older versions read it as a causal model, without a word, and give other vectors.\n"
+    rounding = (
+        "The cosines of vectors in bfloat16 with those in float32 are near 1, but for short\n"
+    )
+    rounding += "texts they may be 0.9: compute in float32 where that counts.\n"
     return CARD.format(
         name=name,
         base=f"base_model: {made_of[0]}\n" if on_hub else "",
-        made_of=", then ".join(f"`{Path(part).name if not on_hub else part}`" for part in made_of) or "?",
+        made_of=", then ".join(f"`{p if on_hub else Path(p).name}`" for p in made_of) or "?",
         direction="to the left only" if decoder.config.is_causal else "both ways",
         pooling=f"{pooling.get(encoder.pooling, 'the ' + encoder.pooling)} of {whole}",
         length=encoder.max_length,

@@ -39,7 +39,7 @@ def check_settings(settings) -> None:
         least = 1 if least and kind_of(f) is int else least
         most = 0.99 if f.name.endswith("dropout") else 1e12
         most = 1 if f.name.endswith(("_rate", "_share")) else most
-        if isinstance(value, (int, float)) and not least <= value <= most:
+        if type(value) in (int, float) and not least <= value <= most:
             raise ValueError(f"--{name} is {value}, expected {least:g} to {most:g}")
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from llm2vec_data.card import model_card
 from llm2vec_data.checkpoints import (
     EXTRA,
     FEATURES,
@@ -60,6 +61,8 @@ def save_encoder(model, folder: Path) -> None:
         for name, content in files.items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        card = model_card(model, folder.name, SENTENCE_BERT in files and not extra)
+        (new / "README.md").write_text(card, encoding="utf-8")
         for file in new.glob("*.safetensors"):  # which safetensors writes for this user alone
             file.chmod((new / "config.json").stat().st_mode)
     model.decoder.name_or_path = str(folder.resolve())

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,12 @@ print(llm2vec.__file__)
 """
 
 
-def use(python: Path | str, folder: Path) -> Path:
+KINDS = ("a folder", "a package", "a module")
+
+
+def use(python: Path | str, folder: Path, kinds: Sequence[str] = KINDS) -> Path:
     """Run EVERYTHING in folders that have a `data` of their own; where llm2vec.py was found."""
-    for kind in ("a folder", "a package", "a module"):
+    for kind in kinds:
         (folder / kind / "data").mkdir(parents=True)
         if kind == "a package":
             (folder / kind / "data" / "__init__.py").touch()
@@ -69,7 +73,7 @@ def use(python: Path | str, folder: Path) -> Path:
 
 
 def test_an_installed_checkout_works_where_other_data_lie(tmp_path):
-    assert use(sys.executable, tmp_path) == ROOT / "llm2vec.py"
+    assert use(sys.executable, tmp_path, ["a package"]) == ROOT / "llm2vec.py"
 
 
 @pytest.mark.slow
