@@ -135,6 +135,8 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     with training(model, settings):
         for step in range(run.restore(trained, optimizer), settings.steps):
+            if not run.patient:
+                break
             loss, tokens = within_memory(model, settings, step, backward, batches[step])
             loss = sum_over_processes(parameters, loss)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -150,8 +152,6 @@ def fit(
             run.log(step + 1, loss, lr, tokens, run.score(step + 1, trained))
             if (step + 1) % settings.save_every == 0:
                 run.save(step + 1, model, trained, optimizer)
-            if not run.patient:
-                break
         run.finish(model, trained)
     merge(model, folder)
 
