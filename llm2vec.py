@@ -584,8 +584,8 @@ class LLM2Vec(nn.Module):
         prompts: what sentence-transformers is told to put in front of a query or a document.
         """
         super().__init__()
-        self.decoder, self.tokenizer, self.heads = decoder, tokenizer, nn.ModuleDict()
-        self.pooling, self.max_length = pooling, max_length
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.pooling, self.max_length, self.heads = pooling, max_length, nn.ModuleDict()
         self.separator, self.include_prompt = separator, include_prompt
         self.prompts, self.made_of = dict(prompts or {}), []  # made_of: names, for a model card
         if pooling not in POOLING:
@@ -668,7 +668,7 @@ class LLM2Vec(nn.Module):
         segments = None
         if len({len(ids) for ids, _ in rows}) > 1:
             segments = pad([[1] * len(ids) for ids, _ in rows], device)
-        return pool(self.decoder(input_ids, segments), self.pooling, own.bool())
+        return pool(self.decoder(input_ids, segments), self.pooling, own)
 
     @torch.inference_mode()
     def encode(

@@ -299,7 +299,8 @@ class MNTPSettings(CorpusSettings):
         mistral = model.decoder.config.model_type == "mistral"
         rates = {"mask_rate": 0.8, "mask_share": 1.0, "swap_share": 0.0}
         rates = rates if mistral else {"mask_rate": 0.2, "mask_share": 0.8, "swap_share": 0.1}
-        return replace(self, **{k: v for k, v in rates.items() if getattr(self, k) is None})
+        missing = {k: v for k, v in rates.items() if getattr(self, k) is None}
+        return replace(super().for_model(model), **missing)
 
 
 def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> Task:
@@ -310,14 +311,10 @@ def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> Ta
 
     def backward(batch: list[Tensor], step: int) -> tuple[float, int]:
         ids, seed = torch.stack(batch), seed_of(step, settings)
+        generator = torch.Generator().manual_seed(seed)  # all processes mask alike
+        rates = {"rate": settings.mask_rate, "replace": (settings.mask_share, settings.swap_share)}
         masked, chosen = mask_tokens(
-            ids,
-            mask_id,
-            V,
-            rate=settings.mask_rate,
-            replace=(settings.mask_share, settings.swap_share),
-            maskable=~torch.isin(ids, special),
-            generator=torch.Generator().manual_seed(seed),  # all processes mask alike
+            ids, mask_id, V, **rates, maskable=~torch.isin(ids, special), generator=generator
         )
         total, loss = int(chosen.sum()), 0.0  # of all processes
         torch.manual_seed(seed + 1 + RANK)  # for dropout, which differs
@@ -361,7 +358,8 @@ class EncoderSettings(Settings):
 
     def for_model(self, model: LLM2Vec) -> "EncoderSettings":
         whole = model.include_prompt if self.include_prompt is None else self.include_prompt
-        return replace(self, pooling=self.pooling or model.pooling, include_prompt=whole)
+        known = {"pooling": self.pooling or model.pooling, "include_prompt": whole}
+        return replace(super().for_model(model), **known)
 
 
 @dataclass

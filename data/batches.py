@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 def pad(rows: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Tensor:
-    """Rows of different lengths as one (B, T) tensor, filled with 0 at the right."""
-    T = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device)
+    """Rows of different lengths as one (B, T) tensor, filled with 0 or False at the right."""
+    T, nothing = max(map(len, rows)), type(rows[0][0])()
+    return torch.tensor([[*row, *[nothing] * (T - len(row))] for row in rows], device=device)
 
 
 def batches_by_length(
