@@ -384,21 +384,30 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
     return tokenizer
 
 
+def tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that stand in front of every text, and those behind it."""
+    alone = tokenizer.encode("a")
+    own = alone.special_tokens_mask.index(0)
+    special = [i for i, s in zip(alone.ids, alone.special_tokens_mask, strict=True) if s]
+    return special[:own], special[own:]
+
+
 def add_template(tokenizer: Tokenizer, opening: str, closing: str) -> None:
-    """Put markers around every text, however long: they are never cut, and saved with the rest."""
-    if "[OPEN]" in tokenizer.to_str():
+    """Put markers around every text, however long: they are never cut, and saved with the rest.
+
+    They stand there as the tokens that they are, by name, for readers that look these up.
+    """
+    bos, eos = tokens_around(tokenizer)
+    if len(bos) > 1 or [tokenizer.id_to_token(i) for i in bos] == [TEMPLATES["endoftext"][0]]:
         raise ValueError("has a chat template already")
     for marker in re.findall(r"<\|\w+\|>", opening + closing):
         if tokenizer.token_to_id(marker) is None:
             raise ValueError(f"has no token {marker}, as the template needs")
-    front = tokenizer.encode(opening)  # behind BOS, where the tokenizer has one
-    back = tokenizer.encode(closing, add_special_tokens=False)
+    front, back = (tokenizer.encode(x, add_special_tokens=False).ids for x in (opening, closing))
+    front, back = ([tokenizer.id_to_token(i) for i in ids] for ids in (bos + front, back + eos))
     tokenizer.post_processor = TemplateProcessing(
-        single="[OPEN] $A [CLOSE]",
-        special_tokens=[
-            {"id": "[OPEN]", "ids": front.ids, "tokens": front.tokens},
-            {"id": "[CLOSE]", "ids": back.ids, "tokens": back.tokens},
-        ],
+        single=[*front, "$A", *back],
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in {*front, *back}],
     )
 
 

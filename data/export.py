@@ -19,6 +19,7 @@ from llm2vec_data.checkpoints import (
     PROMPTS,
     SENTENCE_BERT,
     TOKENIZER,
+    tokens_around,
 )
 from llm2vec_data.disk import new_folder
 
@@ -86,10 +87,7 @@ def checkpoint_files(model) -> dict[str, object]:
     template that closes with more, and for a pooling that it does not know.
     """
     config, tokenizer = model.decoder.config, json.loads(model.tokenizer.to_str())
-    alone = model.tokenizer.encode("a")
-    own = alone.special_tokens_mask.index(0)
-    special = [i for i, s in zip(alone.ids, alone.special_tokens_mask, strict=True) if s]
-    in_front, behind = special[:own], special[own:]
+    in_front, behind = tokens_around(model.tokenizer)
     left_out = [] if model.include_prompt else in_front
     never_in_text = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
     weightless = left_out if model.pooling == "mean" and never_in_text.issuperset(in_front) else []
@@ -115,14 +113,21 @@ def checkpoint_files(model) -> dict[str, object]:
     fields = {k: v for k, v in vars(config).items() if k not in FEATURES} | {
         "architectures": [family + kind],
         "hidden_act": "silu",
+        "initializer_range": 0.02,
         "pad_token_id": pad,
+        # Where no token ends a text: text-embeddings-inference wants one, to pad with.
+        "eos_token_id": behind[0] if len(behind) == 1 else pad,
         "torch_dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
         "llm2vec": {name: getattr(model, name) for name in how},
     }
     if config.model_type != "mistral":
         fields["use_sliding_window"] = config.sliding_window is not None
+    if not config.is_causal:  # in the words of text-embeddings-inference
+        fields["use_bidirectional_attention"] = True
     if config.layer_types is None:  # the very key makes a Ministral of a Mistral, in transformers
         del fields["layer_types"]
+    if (config.rope_scaling or {}).get("rope_type", "default") == "default":
+        del fields["rope_scaling"]  # text-embeddings-inference refuses a scaling that it can't do
     tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": model.tokenizer.id_to_token(pad),
@@ -132,6 +137,13 @@ def checkpoint_files(model) -> dict[str, object]:
     }
     if len(behind) == 1:
         tokens["eos_token"] = model.tokenizer.id_to_token(behind[0])
+    if len(in_front) == 1:
+        fields["bos_token_id"] = in_front[0]
+        # sentence-transformers takes a BOS that it knows, and that ends a prompt, for text. With
+        # these fields, transformers writes anew what stands around a text, and needs them all.
+        if not lead and never_in_text.issuperset(in_front) and len(behind) <= 1:
+            tokens["bos_token"] = model.tokenizer.id_to_token(in_front[0])
+            tokens |= {"add_bos_token": True, "add_eos_token": bool(behind)}
     files = {"config.json": fields, "tokenizer.json": tokenizer, TOKENIZER: tokens}
     pooling = POOLING_MODES.get(model.pooling)
     if len(behind) > 1 or pooling is None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import llm2vec
 import llm2vec_data.export
@@ -402,3 +403,69 @@ def test_a_tokenizer_without_bos_may_have_one_in_front_and_keeps_it(tmp_path, mi
     assert weights["vocab"][ids[1]] not in weights["word_weights"]
     with pytest.raises(ValueError, match=r"tokenizer.json: has no token <\|endoftext\|>"):
         load_tokenizer(mistral, "endoftext")
+
+
+def test_a_template_is_saved_as_the_tokens_that_it_consists_of(tmp_path, mistral):
+    """Other readers look its names up: llama.cpp takes one that is no token for no BOS."""
+    for tokenizer, template in (
+        (load_tokenizer(TINY, "endoftext"), "<|endoftext|> A"),
+        (load_tokenizer(mistral, "mistral"), "<s> ▁[ INST ] A ▁[ / INST ]"),
+    ):
+        processor = json.loads(tokenizer.to_str())["post_processor"]
+        steps = [next(iter(step.values()))["id"] for step in processor["single"]]
+        assert " ".join(steps) == template
+        for name, token in processor["special_tokens"].items():
+            assert token["ids"] == [tokenizer.token_to_id(name)] and token["tokens"] == [name]
+    model = LLM2Vec.from_pretrained(TINY, template="endoftext")
+    model.include_prompt = True  # BOS is averaged: a plain mean, as every server computes it
+    model.save(tmp_path / "out")
+    kinds = [m["type"] for m in json.loads((tmp_path / "out" / "modules.json").read_text())]
+    assert [kind.rpartition(".")[2] for kind in kinds] == ["Transformer", "Pooling"]
+    config, tokens = (
+        json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        for name in ("config", "tokenizer_config")
+    )
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, config["pad_token_id"])
+    assert config["use_bidirectional_attention"] and "rope_scaling" not in config
+    assert (tokens["bos_token"], tokens["add_bos_token"]) == ("<|endoftext|>", True)
+    again = LLM2Vec.from_pretrained(tmp_path / "out")
+    assert again.decoder.config == model.decoder.config
+    np.testing.assert_array_equal(again.encode(["a text"]), model.encode(["a text"]))
+
+
+def test_a_template_is_not_put_on_another(tmp_path, mistral):
+    for folder, template, closing in ((TINY, "endoftext", []), (mistral, "mistral", [28793])):
+        tokenizer = load_tokenizer(folder, template)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match="has a chat template already"):
+            load_tokenizer(tmp_path, template)
+        opening = tokenizer.encode("a").ids[: 1 if template == "endoftext" else 4]
+        names = {"[OPEN]": opening, "[CLOSE]": closing}  # as earlier versions saved it
+        tokenizer.post_processor = TemplateProcessing(
+            single="[OPEN] $A [CLOSE]",
+            special_tokens=[
+                {"id": name, "ids": ids, "tokens": [tokenizer.id_to_token(i) for i in ids]}
+                for name, ids in names.items()
+            ],
+        )
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match="has a chat template already"):
+            load_tokenizer(tmp_path, template)
+        assert load_tokenizer(tmp_path).encode("a").ids[: len(opening)] == opening
+
+
+def test_what_ends_every_text_ends_it_behind_a_template_too(tmp_path):
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = LLM2Vec.from_pretrained(TINY)
+    model.tokenizer = load_tokenizer(tmp_path, "endoftext")
+    ids = model.tokenizer.encode("a").ids
+    assert (ids[0], ids[-1], len(ids)) == (0, 2, 3)
+    model.save(tmp_path / "out")
+    tokens = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokens["add_bos_token"] and tokens["add_eos_token"]
+    assert (tokens["bos_token"], tokens["eos_token"]) == ("<|endoftext|>", "<|im_end|>")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
