@@ -33,7 +33,7 @@ def go(folder: Path, stage: str, steps: int, max_tokens: int, batch: int) -> Non
     del model.decoder.layers[2:]
     data = read_pairs([PAIRS]) if stage == "supervised" else read_documents(WIKIPEDIA)[:150]
     how = {"steps": steps, "max_tokens": max_tokens, "batch": batch, "length": 24, "lr": 1e-4}
-    how |= {"dropout": 0.0, "attention_dropout": 0.0, "save_every": 5}
+    how |= {"dropout": 0.0, "attention_dropout": 0.0, "save_every": 5, "warm_up": 10}
     STAGES[stage].run(model, data, replace(STAGES[stage].presets["tiny"], **how), folder)
 
 
