@@ -122,6 +122,7 @@ def test_the_pictures_at_hand_are_small_and_for_both_modes():
     assert files and all(said_in(file) for file in files)
 
 
+@pytest.mark.slow
 def test_the_method_is_drawn_with_the_numbers_of_a_model(adapters, draw):
     how = ["method", "--dtype", "float32", "--device", "cpu", "--adapters"]
     said, drawn = draw(*how, *adapters)

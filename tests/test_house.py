@@ -72,6 +72,7 @@ def use(python: Path | str, folder: Path, kinds: Sequence[str] = KINDS) -> Path:
     return Path(done.stdout.strip())
 
 
+@pytest.mark.slow
 def test_an_installed_checkout_works_where_other_data_lie(tmp_path):
     assert use(sys.executable, tmp_path, ["a package"]) == ROOT / "llm2vec.py"
 
