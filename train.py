@@ -130,10 +130,10 @@ def fit(
         lora.add_lora(model.decoder, settings.rank, settings.alpha, **how)
     trained = lora.trained(model)  # by name: adapters, and what stands beside the decoder
     parameters = list(trained.values())
-    if any(p.dtype != torch.float32 for p in parameters):
-        raise ValueError("weights of less than float32 are too coarse to train: --dtype float32")
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     with training(model, settings):
+        if any(p.dtype != torch.float32 for p in parameters):
+            raise ValueError("weights below float32 are too coarse to train: --dtype float32")
         for step in range(run.restore(trained, optimizer), settings.steps):
             if not run.patient:
                 break
