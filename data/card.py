@@ -51,10 +51,8 @@ def model_card(encoder, name: str, for_all: bool) -> str:
     whole = "all tokens" if encoder.include_prompt else "its own tokens, without BOS and prompt"
     pooling = {"mean": "the mean", "weighted_mean": "the mean, weighted by position,"}
     older = "Older versions read it as a causal model, without a word, and give other vectors.\n"
-    rounding = (
-        "The cosines of vectors in bfloat16 with those in float32 are near 1, but for short\n"
-    )
-    rounding += "texts they may be 0.9: compute in float32 where that counts.\n"
+    rounding = "The cosines of vectors in bfloat16 with those in float32 are near 1, for short\n"
+    rounding += "texts less so: compute in float32 where that counts.\n"
     return CARD.format(
         name=name,
         base=f"base_model: {made_of[0]}\n" if on_hub else "",

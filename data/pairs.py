@@ -56,7 +56,7 @@ def read_pairs(
 
 
 def read_file(file: Path, instruction: str) -> list[dict]:
-    """The pairs of a file, and a word on standard error of what it holds."""
+    """The pairs of a file; standard error says what it holds."""
     pairs, unread = [], {}
     left_out = {"pairs without a query or a positive": [], "blank negatives": []}
     blank_pairs, blank_negatives = left_out.values()
