@@ -44,7 +44,15 @@ from torch.utils.checkpoint import checkpoint
 
 from llm2vec_data import checkpoints
 from llm2vec_data.batches import batches_by_length, compile_layers, min_batch_tokens, pad
-from llm2vec_data.checkpoints import PREFIX, UNUSED, check_tensor, find_checkpoint, load_tokenizer
+from llm2vec_data.checkpoints import (
+    PREFIX,
+    TEMPLATES,
+    UNUSED,
+    Template,
+    check_tensor,
+    find_checkpoint,
+    load_tokenizer,
+)
 from llm2vec_data.commands import cli
 from llm2vec_data.disk import read_json, reading
 from llm2vec_data.encode import count_cut, encode_file, tell_cut, word_states
@@ -608,7 +616,7 @@ class LLM2Vec(nn.Module):
         is_causal: bool | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        template: str | None = None,
+        template: Template | None = None,
         separator: str | None = None,
         include_prompt: bool | None = None,
     ) -> "LLM2Vec":
@@ -617,7 +625,8 @@ class LLM2Vec(nn.Module):
         Each is a folder, or a name on the Hugging Face hub. pooling, max_length, is_causal,
         separator and include_prompt default to what an encoder's folder says, else to "mean", 512,
         False, a line break and False; the separator to a space for what the authors made.
-        template is the name of one in checkpoints.TEMPLATES. device defaults to the first of cuda,
+        template is what to put before and after every text: two strings, or the name of one in
+        checkpoints.TEMPLATES. device defaults to the first of cuda,
         mps and cpu that is there; dtype to bfloat16 on a GPU that has it, else to float32.
         """
         folder = find_checkpoint(path_or_name, "tokenizer.json")
@@ -721,8 +730,10 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
     add = command.add_argument
     add("--model", help="checkpoint folder, or a name on the Hugging Face hub", **how)
     add("--adapters", nargs="*", default=[], help="adapters to merge first, in order: the same")
-    text = "what stands around a text, for an instruct model"
-    add("--template", choices=checkpoints.TEMPLATES, help=text)
+    text = "a named text to put around every text: a model's markers, or a prompt"
+    add("--template", choices=TEMPLATES, help=text)
+    add("--before", metavar="TEXT", help="text to put before every text, after the template's")
+    add("--after", metavar="TEXT", help="text to put after every text; it is never cut")
     text = "between an instruction and a text (default: as the folder says, else a line break)"
     add("--separator", help=text)
     direction = {"dest": "is_causal", "action": "store_const"}
@@ -738,9 +749,13 @@ def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
 def load(args: argparse.Namespace, **how) -> LLM2Vec:
     """The model that the flags name; `how` goes before them."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    names = ("adapters", "template", "device", "separator", "is_causal")
-    given = {name: getattr(args, name) for name in names}
-    model = LLM2Vec.from_pretrained(args.model, **given | {"dtype": dtype} | how)
+    template = args.template
+    if args.before or args.after:
+        opening, closing = TEMPLATES.get(template, ("", ""))
+        template = (opening + (args.before or ""), (args.after or "") + closing)
+    names = ("adapters", "device", "separator", "is_causal")
+    given = {name: getattr(args, name) for name in names} | {"template": template, "dtype": dtype}
+    model = LLM2Vec.from_pretrained(args.model, **given | how)
     if args.compile:
         compile_layers(model.decoder)
     return model

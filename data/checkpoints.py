@@ -23,8 +23,8 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers import Tokenizer, normalizers
+from tokenizers.normalizers import Prepend
 from torch import Tensor
 
 from llm2vec_data.disk import read_json, reading
@@ -349,23 +349,33 @@ def read_pairs_of_matrices(file: Path) -> dict[str, tuple[str, dict[str, Tensor]
 
 # --- Tokenizer --------------------------------------------------------------------------------
 
-# What stands around a text: the markers that the authors' encoder writes for the instruct models
-# that it was used with; or, for a tokenizer without BOS (SmolLM2, Qwen), the token that stood
-# before each document in pre-training. A causal model parks attention that it has no use for on its
-# first token (Xiao et al. 2023, arXiv 2309.17453), which should not be a word of the text.
+# What is put before and after every text. A tokenizer without BOS (SmolLM2, Qwen) gets the token
+# that began each document in pre-training: a causal model parks attention that it has no use for on
+# its first token (Xiao et al. 2023, arXiv 2309.17453), which should not be a word of the text.
+START = "<|endoftext|>"
 TEMPLATES = {
-    "endoftext": ("<|endoftext|>", ""),
+    "endoftext": (START, ""),
+    # The chat markers that the authors put around every input of an instruct model.
     "mistral": ("[INST]", "[/INST]"),  # Mistral-Instruct, Llama-2-chat
     "llama-3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    # PromptEOL (Jiang et al. 2023, arXiv 2307.16645): an instruct model, causal, is asked for the
+    # text in one word, and its last state is the vector. The second one shows it an example first.
+    "one-word": (f'{START}This sentence : "', '" means in one word:"'),
+    "one-word-example": (
+        f'{START}This sentence : "A man is playing on a guitar and singing." means in one word:'
+        '"Music". This sentence : "',
+        '" means in one word:"',
+    ),
 }
+Template = str | tuple[str, str]  # a name in TEMPLATES, or the text before and the text after
 
 
-def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | Path, template: Template | None = None) -> Tokenizer:
     """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text.
 
-    template: the name of one in TEMPLATES, whose markers are to stand around every text.
+    template: what to put before and after every text.
     """
-    if template is not None and template not in TEMPLATES:
+    if isinstance(template, str) and template not in TEMPLATES:
         raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
     file = Path(folder) / "tokenizer.json"
     with reading(file):
@@ -374,7 +384,7 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
         tokenizer.no_truncation()
         tokenizer.encode("a")  # some faults show only in use
         if template is not None:
-            add_template(tokenizer, *TEMPLATES[template])
+            tokenizer = add_template(tokenizer, template)
     settings = Path(folder) / TOKENIZER
     adds = settings.exists() and read_json(settings).get("add_eos_token")
     if adds and not tokenizer.encode("a").special_tokens_mask[-1]:
@@ -392,22 +402,40 @@ def tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return special[:own], special[own:]
 
 
-def add_template(tokenizer: Tokenizer, opening: str, closing: str) -> None:
-    """Put markers around every text, however long: they are never cut, and saved with the rest.
+def add_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
+    """A tokenizer that puts a template around every text: it is never cut, and saved with the rest.
 
-    They stand there as the tokens that they are, by name, for readers that look these up.
+    It is saved as the tokens that it consists of, by name, for readers that look these up. A space
+    at the end of the opening goes with the text's first word, as in a sentence. A tokenizer with a
+    BOS needs no START in front of a named template.
     """
+    opening, closing = TEMPLATES[template] if isinstance(template, str) else template
     bos, eos = tokens_around(tokenizer)
-    if len(bos) > 1 or [tokenizer.id_to_token(i) for i in bos] == [TEMPLATES["endoftext"][0]]:
-        raise ValueError("has a chat template already")
+    if len(bos) > 1 or len(eos) > 1:
+        raise ValueError("has a template already")
+    if bos and isinstance(template, str):
+        opening = opening.removeprefix(START)
     for marker in re.findall(r"<\|\w+\|>", opening + closing):
         if tokenizer.token_to_id(marker) is None:
             raise ValueError(f"has no token {marker}, as the template needs")
-    front, back = (tokenizer.encode(x, add_special_tokens=False).ids for x in (opening, closing))
-    front, back = ([tokenizer.id_to_token(i) for i in ids] for ids in (bos + front, back + eos))
-    tokenizer.post_processor = TemplateProcessing(
-        single=[*front, "$A", *back],
-        special_tokens=[(name, tokenizer.token_to_id(name)) for name in {*front, *back}],
+    parts = (opening.rstrip(" "), closing)
+    front, back = (tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
+    if opening.endswith(" ") and not tokenizer.encode("a").tokens[len(bos)].startswith("▁"):
+        steps = [Prepend(" "), tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([step for step in steps if step])
+    names = {i: tokenizer.id_to_token(i) for i in (*bos, *front, *back, *eos)}
+    front, back = (
+        [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in ids]
+        for ids in (bos + front, back + eos)
+    )
+    around = {
+        "type": "TemplateProcessing",  # whose class takes no name with a colon
+        "single": [*front, {"Sequence": {"id": "A", "type_id": 0}}, *back],
+        "pair": [{"Sequence": {"id": side, "type_id": 0}} for side in "AB"],
+        "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for i, n in names.items()},
+    }
+    return Tokenizer.from_str(
+        json.dumps(json.loads(tokenizer.to_str()) | {"post_processor": around})
     )
 
 
@@ -467,11 +495,12 @@ def sentence_transformers_options(folder: Path, config: dict) -> dict[str, objec
                 raise ValueError(f"has a module {kind}, which is not supported; {what}")
             if kind == "Pooling":
                 pooling = read_json(folder / module["path"] / "config.json")
-                options["include_prompt"] = pooling.get("include_prompt", True)
                 modes = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v]
                 names = {MODE.sub("", theirs): ours for ours, theirs in POOLING_MODES.items()}
                 mode = "+".join(MODE.sub("", k) for k in modes) or pooling["pooling_mode"]
                 options["pooling"] = names.get(mode, mode)  # LLM2Vec refuses an unknown one
+                if options["pooling"] != "last":  # which is the same one without the prompt
+                    options["include_prompt"] = pooling.get("include_prompt", True)
     reader, more = read(SENTENCE_BERT), read(PROMPTS)
     side = read(TOKENIZER).get("truncation_side", "right")
     unread = {name: reader.get(name) for name in ("do_lower_case", "processing_kwargs")}

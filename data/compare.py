@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from llm2vec import LLM2Vec, pad, pool
+from llm2vec_data.checkpoints import find_checkpoint, load_tokenizer
 
 # --- Without training --------------------------------------------------------------------------
 
@@ -30,28 +31,6 @@ class Echo(LLM2Vec):
         return super().embed(twice)
 
 
-class PromptEOL(LLM2Vec):
-    """The last state of a prompt that asks for the text in one word; for pooling="last".
-
-    Jiang et al. 2023, arXiv 2307.16645. As in the authors' code, a text has no double quotes and
-    ends in a full stop, and of a long one the end is cut, not the prompt.
-    """
-
-    prompt = 'This sentence : "{}" means in one word:"'
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        room, asked = self.max_length - len(self.prompt), []  # a token has a character or more
-        for text, e in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True):
-            text = text[: max((end for _, end in e.offsets[:room]), default=0)]
-            text = text.replace('"', "'").removesuffix("?")
-            asked.append(self.prompt.format(text if text.endswith((".", "'")) else text + "."))
-        return super().encode(asked)
-
-    def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        behind = self.tokenizer.encode("a").special_tokens_mask[::-1].index(0)  # of a template
-        return super().embed([[side[: len(side) - behind] for side in row] for row in rows])
-
-
 class InputEmbeddings(LLM2Vec):
     """The mean of the tokens' input embeddings: what is known without reading."""
 
@@ -68,9 +47,11 @@ def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
         ("causal, weighted mean", LLM2Vec, "weighted_mean"),
         ("causal, last token", LLM2Vec, "last"),
         ("causal, echo", Echo, "mean"),
-        ("causal, PromptEOL", PromptEOL, "last"),
     ):
         yield name, kind(model.decoder, model.tokenizer, pooling, model.max_length)
+    for template in ("one-word", "one-word-example"):
+        tokenizer = load_tokenizer(find_checkpoint(model.made_of[0]), template)
+        yield f"causal, {template}", LLM2Vec(model.decoder, tokenizer, "last", model.max_length)
 
 
 # --- Controls and seeds ------------------------------------------------------------------------

@@ -83,12 +83,14 @@ def checkpoint_files(model) -> dict[str, object]:
     prompt the mean is then too short, by the prompt's share of the tokens: cosines are not.) What a
     template puts in front may also stand in a text, and other poolings have no such weights: there,
     every prompt starts with a character that the tokenizer drops, so that BOS is of the prompt.
-    sentence-transformers allows for one token behind a prompt. Its files are left out for a
-    template that closes with more, and for a pooling that it does not know.
+    The last token is the last one, whatever is left out before it. Of several tokens that follow
+    every text, sentence-transformers counts all but one as its prompt's. So its files are left out
+    for a template that ends with several and leaves the prompt out, and for an unknown pooling.
     """
     config, tokenizer = model.decoder.config, json.loads(model.tokenizer.to_str())
     in_front, behind = tokens_around(model.tokenizer)
-    left_out = [] if model.include_prompt else in_front
+    all_count = model.include_prompt or model.pooling == "last"
+    left_out = [] if all_count else in_front
     never_in_text = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
     weightless = left_out if model.pooling == "mean" and never_in_text.issuperset(in_front) else []
     lead = NOTHING if left_out and not weightless else ""
@@ -146,7 +148,7 @@ def checkpoint_files(model) -> dict[str, object]:
             tokens |= {"add_bos_token": True, "add_eos_token": bool(behind)}
     files = {"config.json": fields, "tokenizer.json": tokenizer, TOKENIZER: tokens}
     pooling = POOLING_MODES.get(model.pooling)
-    if len(behind) > 1 or pooling is None:
+    if pooling is None or len(behind) > 1 and not all_count:
         return files
     modules = ["Transformer", "WordWeights", "Pooling"]
     if weightless:  # a character for each id
@@ -164,7 +166,7 @@ def checkpoint_files(model) -> dict[str, object]:
         "1_Pooling/config.json": {
             "word_embedding_dimension": config.hidden_size,
             **{f"pooling_mode_{name}": name == pooling for name in POOLING_MODES.values()},
-            "include_prompt": model.include_prompt,
+            "include_prompt": all_count,
         },
         SENTENCE_BERT: {"max_seq_length": model.max_length, "do_lower_case": False},
         PROMPTS: {
