@@ -18,9 +18,8 @@ import checkout  # noqa: F401
 import numpy as np
 
 from llm2vec import LLM2Vec
+from llm2vec_data.checkpoints import TINY
 from llm2vec_data.corpus import WIKIPEDIA, read_documents
-
-TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 
 
 def resident() -> float:

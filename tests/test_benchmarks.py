@@ -3,14 +3,13 @@
 import json
 import math
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN, TINY
 
 from llm2vec import LLM2Vec, mask_tokens, pad, tokenize, word_states
 from llm2vec_data import benchmarks as bench
@@ -18,13 +17,7 @@ from llm2vec_data import compare
 from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
 from llm2vec_data.metrics import entity_f1, ndcg, recall, spearman
 
-TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def encoder() -> LLM2Vec:
-    return LLM2Vec.from_pretrained(TINY)
+CASES = json.loads((GOLDEN / "metrics.json").read_text())
 
 
 # --- Measures ----------------------------------------------------------------------------------
@@ -39,8 +32,8 @@ MEASURES = {
 @pytest.mark.parametrize("measure", MEASURES)
 def test_measures_are_those_of_the_reference_libraries(measure):
     """scipy, scikit-learn and seqeval: see tests/golden/make_metrics.py."""
-    assert len(GOLDEN[measure]) > 10
-    for case in GOLDEN[measure]:
+    assert len(CASES[measure]) > 10
+    for case in CASES[measure]:
         expected = math.nan if case["score"] is None else case["score"]
         assert MEASURES[measure](case) == pytest.approx(expected, abs=1e-6, nan_ok=True), case
 
@@ -291,17 +284,17 @@ def test_a_table_has_a_column_a_score_and_a_row_a_model():
     ]
 
 
-def test_the_command_scores_a_checkpoint_and_the_baselines(encoder, tmp_path, monkeypatch, capsys):
+def test_the_command_scores_a_checkpoint_and_the_baselines(encoder, tmp_path, monkeypatch, command):
     mine = tmp_path / "mine.tsv"
     mine.write_text("\n".join(bench.STS_FILES[-1].read_text().splitlines()[:40]))
-    command = ["benchmarks", "--model", str(TINY), "--dtype", "float32", "--baselines"]
+    args = ["--model", TINY, "--dtype", "float32", "--baselines"]
     (tmp_path / "tags.tsv").write_text(TAGS)
-    command += ["--benchmarks", "sts", "masked", "words", "--sts", str(mine)]
-    command += ["--words", *2 * [str(tmp_path / "tags.tsv")]]
-    monkeypatch.setattr(sys, "argv", command)
+    args += ["--benchmarks", "sts", "masked", "words", "--sts", mine]
+    args += ["--words", *2 * [tmp_path / "tags.tsv"]]
     monkeypatch.setattr(bench, "masked_accuracy", lambda *_: 0.25)
-    bench.main()
-    *shown, last = capsys.readouterr().out.splitlines()
+    status, out, errors = command(*args, main=bench.main)
+    assert status == 0, errors
+    *shown, last = out.splitlines()
     rows = json.loads(last)
     assert list(rows) == [*(name for name, _ in compare.baselines(encoder)), "tiny-llama"]
     assert "\n".join(shown) == compare.table(rows)
@@ -309,6 +302,5 @@ def test_the_command_scores_a_checkpoint_and_the_baselines(encoder, tmp_path, mo
     masked = [name for name, scores in rows.items() if scores.get("masked tokens") == 0.25]
     assert masked == ["tiny-llama"], "a baseline has no guesses of its own"
     assert rows["tiny-llama"]["tags"] == 1 and "tags" not in rows["causal, echo"]
-    monkeypatch.setattr(sys, "argv", [*command, *command[-3:]])
-    with pytest.raises(ValueError, match="--words: two test files of one name"):
-        bench.main()
+    _, _, errors = command(*args, *args[-3:], main=bench.main)
+    assert "--words: two test files of one name" in errors

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN, INTEROP, TINY, spoil
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
@@ -15,21 +16,7 @@ from llm2vec import POOLING, Config, Decoder, LLM2Vec, prompt_prefix, rotary_tab
 from llm2vec_data.checkpoints import find_checkpoint
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 
-pytest_plugins = ["local_hub"]
-GOLDEN = Path(__file__).parent / "golden"
-INTEROP = GOLDEN / "interop"
-TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 TEXTS = ["find the thing", "the quick query and his thing, and the things again"]
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A small Mistral with BOS."""
-    return shutil.copytree(INTEROP / "base", tmp_path / "model")
-
-
-def change(file: Path, **fields) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def rename(file: Path, new_name, **more: torch.Tensor) -> None:
@@ -85,7 +72,7 @@ def test_a_folder_of_sentence_transformers_is_causal_and_pools_as_it_says(folder
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     assert LLM2Vec.from_pretrained(folder).prompts == {"query": "Q: "}
     assert "its default prompt 'Q: ' is not read" in capsys.readouterr().err
-    change(folder / "config.json", is_causal=False)
+    spoil(folder / "config.json", is_causal=False)
     assert LLM2Vec.from_pretrained(folder).decoder.config.is_causal is False
 
 
@@ -130,7 +117,7 @@ def test_the_separator_is_a_setting_and_a_space_for_the_authors_checkpoints(fold
     LLM2Vec.from_pretrained(folder).save(tmp_path / "LLM2Vec-mine")
     mine = LLM2Vec.from_pretrained(tmp_path / "LLM2Vec-mine", [INTEROP / "published"])
     assert mine.separator == "\n", "as it was saved, whatever its name"
-    change(folder / "config.json", architectures=["MistralEncoderModel"])
+    spoil(folder / "config.json", architectures=["MistralEncoderModel"])
     assert LLM2Vec.from_pretrained(folder).separator == " "
     assert prompt_prefix("find: \n", "\n") == "find:\n"
     assert prompt_prefix(None) == prompt_prefix("") == ""
@@ -157,7 +144,7 @@ def test_heads_and_infixes_of_an_adapter_come_off(folder, tmp_path, capsys):
     heads = {name: torch.ones(2, 32) for name in names}
     file = adapter / "adapter_model.safetensors"
     rename(file, lambda name: name.replace(".weight", ".default.weight"), **heads)
-    change(adapter / "adapter_config.json", modules_to_save=["lm_head", "score"])
+    spoil(adapter / "adapter_config.json", modules_to_save=["lm_head", "score"])
     load_adapter(decoder, adapter)
     assert "and 1 more left out" in capsys.readouterr().err
     ids = torch.arange(3, 12)[None]
@@ -166,10 +153,10 @@ def test_heads_and_infixes_of_an_adapter_come_off(folder, tmp_path, capsys):
 
 def test_an_adapter_with_embeddings_is_refused(folder, tmp_path):
     adapter = shutil.copytree(INTEROP / "inner-list", tmp_path / "adapter")
-    change(adapter / "adapter_config.json", modules_to_save=["embed_tokens"])
+    spoil(adapter / "adapter_config.json", modules_to_save=["embed_tokens"])
     with pytest.raises(ValueError, match=r"modules_to_save is \['embed_tokens'\]"):
         load_adapter(Decoder.from_pretrained(folder), adapter)
-    change(adapter / "adapter_config.json", modules_to_save=None)
+    spoil(adapter / "adapter_config.json", modules_to_save=None)
     whole = {"base_model.model.model.embed_tokens.weight": torch.ones(385, 32)}
     rename(adapter / "adapter_model.safetensors", str, **whole)
     with pytest.raises(ValueError, match="embed_tokens.* merge it with PEFT"):
@@ -194,9 +181,8 @@ def test_a_token_behind_the_embedding_never_comes_of_a_text(folder, special):
 
 def test_llama3_scaling_without_its_original_length_takes_the_longest(tmp_path):
     folder = shutil.copytree(GOLDEN / "llama-llama3-sharded", tmp_path / "model")
-    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
-    del rope["original_max_position_embeddings"]
-    change(folder / "config.json", rope_parameters=rope)
+    original = "original_max_position_embeddings"
+    spoil(folder / "config.json", lambda raw: raw["rope_parameters"].pop(original))
     scaling = Config.from_pretrained(folder).rope_scaling
     assert scaling["original_max_position_embeddings"] == 64  # as transformers takes it
 
@@ -209,9 +195,9 @@ def test_dynamic_scaling_is_idle_in_short_texts_and_refused_in_long_ones():
 
 
 def test_a_window_that_no_layer_has_is_none(folder):
-    change(folder / "config.json", model_type="qwen2", use_sliding_window=True, sliding_window=4)
+    spoil(folder / "config.json", model_type="qwen2", use_sliding_window=True, sliding_window=4)
     assert set(Config.from_pretrained(folder).layer_types) == {"full_attention"}  # of 28 and above
-    change(folder / "config.json", use_sliding_window=False, sliding_window=None)
+    spoil(folder / "config.json", use_sliding_window=False, sliding_window=None)
     assert Config.from_pretrained(folder).sliding_window is None
 
 
@@ -253,7 +239,7 @@ def test_other_missing_files_say_what_to_do(folder, tmp_path):
 
 
 def test_quantised_weights_are_named_by_their_method(folder):
-    change(folder / "config.json", quantization_config={"quant_method": "awq"})
+    spoil(folder / "config.json", quantization_config={"quant_method": "awq"})
     LLM2Vec.from_pretrained(folder)  # a key that plain weights were left with
     name = "model.layers.0.mlp.down_proj."
     tensors = load_file(folder / "model.safetensors")

@@ -4,15 +4,14 @@ A `Far` tensor says that it is on another device and computes on the CPU. An ope
 near tensors raises, as it would between a GPU and the CPU; so does a generator of the wrong device.
 """
 
-import json
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import go, log_of, pair, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -21,15 +20,12 @@ import lora
 import train
 from llm2vec import LLM2Vec
 from llm2vec_data import benchmarks, compare, export, figures, processes, runs
-from llm2vec_data.checkpoints import TINY
 from lora import load_adapter, merge_lora, quantize_nf4
 
 AWAY = torch.device("lazy")  # a device that torch names and this build does not have
 TEXTS = ["A man plays a guitar.", "Stocks fell sharply on Monday, and " * 20, "x"]
-PAIRS = [
-    {"query": q, "positive": q[::-1], "negatives": [], "instruction": "Find:"}
-    for q in ("one two", "three four", "five six", "seven")
-]
+QUERIES = ("one two", "three four", "five six", "seven")
+PAIRS = [pair(query, query[::-1], instruction="Find:") for query in QUERIES]
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
 PICKS = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
@@ -113,9 +109,8 @@ def away(monkeypatch):
         torch._C._set_only_lift_cpu_tensors(False)
 
 
-def tiny(device, quantize=False) -> LLM2Vec:
-    model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
-    del model.decoder.layers[2:]
+def tiny_on(device, quantize=False) -> LLM2Vec:
+    model = tiny()
     if quantize:
         quantize_nf4(model.decoder)
     for module in model.decoder.modules():
@@ -142,7 +137,7 @@ def test_a_far_tensor_is_told_from_a_near_one(away):
 
 
 def test_encoding_and_scoring(away):
-    near_by, model = tiny("cpu"), tiny(AWAY)
+    near_by, model = tiny_on("cpu"), tiny_on(AWAY)
     np.testing.assert_allclose(model.encode(TEXTS), near_by.encode(TEXTS), atol=1e-4)
     for _, baseline in compare.baselines(model):
         assert np.isfinite(baseline.encode(TEXTS)).all()
@@ -164,7 +159,6 @@ def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, nf
     monkeypatch.setattr(lora, "kept", lambda x, p: F.dropout(torch.ones_like(x), p) > 0)
     small = {"length": 16, "batch": 4, "steps": 3, "save_every": 1, "attention_dropout": 0.0}
     small |= {"max_tokens": 32, "recompute": 1} if nf4 else {}
-    settings = replace(train.STAGES[stage].presets["tiny"], **small)
     data = [PAIRS] if stage == "supervised" else TEXTS
 
     def save_and_stop(*args, save=train.RunFolder.save):
@@ -176,11 +170,10 @@ def test_a_stage_that_was_stopped_goes_on(away, monkeypatch, tmp_path, stage, nf
         folder = tmp_path / str(device)
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
             patch.setattr(train.RunFolder, "save", save_and_stop)
-            train.STAGES[stage].run(tiny(device, nf4), data, settings, folder)
-        train.STAGES[stage].run(tiny(device, nf4), data, settings, folder)
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-        decoder = tiny(device).decoder
+            go(stage, folder, tiny_on(device, nf4), data, **small)
+        go(stage, folder, tiny_on(device, nf4), data, **small)
+        losses.append([line["loss"] for line in log_of(folder)])
+        decoder = tiny_on(device).decoder
         load_adapter(decoder, folder)
         merge_lora(decoder)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -4,13 +4,12 @@ import json
 import lzma
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN, TINY, python, spoil
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -18,38 +17,19 @@ from tokenizers.processors import TemplateProcessing
 import llm2vec
 import llm2vec_data.export
 from llm2vec import Decoder, LLM2Vec, load_tokenizer, tokenize
-from llm2vec_data.commands import cli
 from llm2vec_data.corpus import WIKIPEDIA, read_documents
 from llm2vec_data.encode import encode_file
 from lora import add_lora, merge_lora, save_adapter
 
-ROOT = Path(__file__).parent.parent
-TINY, GOLDEN = ROOT / "data" / "tiny-llama", ROOT / "tests" / "golden"
 UP, KEY, NORM = "layers.1.mlp.up_proj", "layers.0.self_attn.k_proj.weight", "model.norm.weight"
 
 
-@pytest.fixture(scope="module")
-def encoder() -> LLM2Vec:
-    return LLM2Vec.from_pretrained(TINY)
-
-
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    """A very small Mistral, untied, whose tokenizer puts a BOS in front."""
-    folder = Path(shutil.copytree(GOLDEN / "interop" / "base", tmp_path / "model"))
-    edit(folder / "config.json", tie_word_embeddings=False)
-    break_tensors(folder, lambda s: s.update({"lm_head.weight": torch.randn(384, 32)}))
+def folder(folder) -> Path:
+    """Untied, with an output head of its own."""
+    spoil(folder / "config.json", tie_word_embeddings=False)
+    spoil(folder / "model.safetensors", **{"lm_head.weight": torch.randn(384, 32)})
     return folder
-
-
-def edit(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def break_tensors(folder: Path, change) -> None:
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors")
 
 
 def own_ids(row: tuple[list[int], list[bool]]) -> list[int]:
@@ -191,7 +171,7 @@ def test_a_model_is_saved_with_its_output_head_or_without_one(folder, tmp_path):
     ],
 )
 def test_a_wrong_tensor_is_named(folder, change, said):
-    break_tensors(folder, change)
+    spoil(folder / "model.safetensors", change)
     with pytest.raises(ValueError, match=said):
         Decoder.from_pretrained(folder)
 
@@ -217,7 +197,7 @@ def test_a_wrong_tensor_is_named(folder, change, said):
     ],
 )
 def test_a_config_that_can_not_be_run_is_refused_by_file_and_field(folder, changes, said):
-    edit(folder / "config.json", **changes)
+    spoil(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=f"config.json: .*{said}"):
         Decoder.from_pretrained(folder)
 
@@ -244,10 +224,9 @@ def test_an_index_that_leaves_its_folder_is_refused(folder, target):
 def test_the_command_line_encodes_as_its_flags_say_and_tells_how_much_is_cut(folder, tmp_path):
     texts = ["a b c a b c", "", "find this"]
     (tmp_path / "t.txt").write_text("\n".join(texts) + "\n")
-    command = [sys.executable, "llm2vec.py", "encode", "--model", folder, "--dtype", "bfloat16"]
-    command += ["--input", tmp_path / "t.txt", "--output", tmp_path / "v.npy", "--normalize"]
-    command += ["--max-length", "4", "--pooling", "last"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    args = ["encode", "--model", folder, "--dtype", "bfloat16", "--input", tmp_path / "t.txt"]
+    args += ["--output", tmp_path / "v.npy", "--normalize", "--max-length", 4, "--pooling", "last"]
+    done = python("llm2vec.py", *args)
     assert done.returncode == 0, done.stderr
     how = {"max_length": 4, "pooling": "last", "dtype": torch.bfloat16}
     model = LLM2Vec.from_pretrained(folder, **how)
@@ -259,16 +238,15 @@ def test_the_command_line_encodes_as_its_flags_say_and_tells_how_much_is_cut(fol
     assert done.stderr.splitlines()[-1] == said and cut > 0
 
 
-def test_the_command_line_compares(encoder, monkeypatch, capsys):
+def test_the_command_line_compares(encoder, command):
     texts = ["A man plays a guitar.", "Stocks fell."]
-    monkeypatch.setattr(sys, "argv", ["llm2vec.py", "similar", "--model", str(TINY), *texts])
-    llm2vec.main()
+    _, out, _ = command("similar", "--model", TINY, *texts, main=llm2vec.main)
     a, b = encoder.encode(texts, normalize=True)
-    said = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    said = [line.split(maxsplit=2) for line in out.splitlines()]
     assert said == [["1.000", f"{a @ b:.3f}", texts[0]], [f"{a @ b:.3f}", "1.000", texts[1]]]
 
 
-def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, monkeypatch, capsys):
+def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, command):
     """Which stand behind them, where argparse would take them for adapters."""
     model, texts = LLM2Vec.from_pretrained(folder), ["a b", "c"]
     for name in ("one", "two"):
@@ -278,17 +256,13 @@ def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, monkeypat
         merge_lora(model.decoder)
     adapters = [str(tmp_path / "one"), str(tmp_path / "two")]
     a, b = model.encode(texts, normalize=True)
-    start = ["llm2vec.py", "similar", "--model", str(folder), "--dtype", "float32"]
+    start = ["similar", "--model", folder, "--dtype", "float32"]
     for args in (["--adapters", *adapters, *texts], [*texts, "--adapters", *adapters]):
-        monkeypatch.setattr(sys, "argv", [*start, *args])
-        llm2vec.main()
-        first, _ = capsys.readouterr().out.splitlines()
+        first, _ = command(*start, *args, main=llm2vec.main)[1].splitlines()
         assert first.split() == ["1.000", f"{a @ b:.3f}", "a", "b"]
     for args, said in ((adapters, "no sentences"), ([str(tmp_path / "thre"), *texts], "thre: no")):
-        monkeypatch.setattr(sys, "argv", [*start, "--adapters", *args])
-        with pytest.raises(SystemExit) as end:
-            cli(llm2vec.main)
-        assert end.value.code == 2 and said in capsys.readouterr().err
+        status, _, errors = command(*start, "--adapters", *args, main=llm2vec.main)
+        assert status == 2 and said in errors
 
 
 def test_one_string_is_one_vector(encoder):
@@ -375,9 +349,9 @@ def test_the_llama_3_template_is_made_of_special_tokens(tmp_path):
 
 def test_a_template_is_recorded_in_the_saved_folder(folder, mistral, tmp_path):
     shutil.copy(mistral / "tokenizer.json", folder)
-    edit(folder / "config.json", vocab_size=32000)
+    spoil(folder / "config.json", vocab_size=32000)
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    break_tensors(folder, lambda s: s.update({name: torch.randn(32000, 32) for name in names}))
+    spoil(folder / "model.safetensors", **{name: torch.randn(32000, 32) for name in names})
     model = LLM2Vec.from_pretrained(folder, template="mistral")
     model.save(tmp_path / "out")
     again = LLM2Vec.from_pretrained(tmp_path / "out")

@@ -22,7 +22,6 @@ from llm2vec_data.benchmarks import read_sts
 from llm2vec_data.commands import cli
 from llm2vec_data.corpus import read_documents
 
-pytest_plugins = ["local_hub"]
 MODEL = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": bytes(range(256)) * 99}
 GGUF = b"GGUF" + bytes(range(256))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TINY
 
 from llm2vec import LLM2Vec, attention_mask, mntp_loss
 from llm2vec_data import figures
@@ -17,13 +18,7 @@ from llm2vec_data.benchmarks import mask_id_of
 from llm2vec_data.figures import guesses, layer_cosines, read_log, view_cosines
 from lora import add_lora, save_adapter
 
-TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 TEXTS = ["A short one.", "This text is a little longer than the other, so that positions differ."]
-
-
-@pytest.fixture(scope="module")
-def encoder() -> LLM2Vec:
-    return LLM2Vec.from_pretrained(TINY)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN
 
 from llm2vec import Decoder, LLM2Vec
 from lora import load_adapter
 
-GOLDEN = Path(__file__).parent / "golden"
 HUGE = 10**12
 JUNK = [None, True, -1, 0, 1, 3, 7.5, HUGE, 1e308, float("nan"), "", "12", "../x", [], [1], {}]
 JUNK += [{"a": 1}, [[]], "\u0000", {"rope_type": []}, {"rope_type": "llama3", "factor": "x"}]

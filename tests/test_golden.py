@@ -3,16 +3,14 @@
 tests/golden/make.py made the files, and says what each model is there for.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import GOLDEN
 from safetensors.torch import load_file
 
 from llm2vec import Decoder, mntp_loss
 from lora import load_adapter, merge_lora
 
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = ["llama-grouped", "llama-linear-older", "llama-llama3-sharded", "llama-tied-wide-heads"]
 MODELS += ["mistral-window", "mistral-inner", "qwen2", "qwen3", "smollm3"]
 MODELS += ["llama-biased-dynamic", "qwen2-window", "smollm3-window"]

@@ -3,40 +3,18 @@
 import ast
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from helpers import GOLDEN, ROOT, TINY, spoil
+from safetensors.torch import load_file
 
 from llm2vec import Decoder, LLM2Vec
 from llm2vec_data.corpus import read_documents, read_record, sentences
 from llm2vec_data.encode import encode_file, read_records
 from lora import load_adapter
-
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "data" / "tiny-llama"
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def spoil(file: Path, change: Callable[[dict], object]) -> Path:
-    """Change what a JSON or safetensors file holds."""
-    if file.suffix == ".json":
-        raw = json.loads(file.read_text())
-        change(raw)
-        file.write_text(json.dumps(raw))
-    else:
-        state = load_file(file)
-        change(state)
-        save_file(state, file)
-    return file
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return Path(shutil.copytree(GOLDEN / "llama-grouped", tmp_path / "model"))
 
 
 @pytest.fixture
@@ -61,7 +39,7 @@ def test_a_number_that_is_too_large_for_the_type_is_refused(folder):
     file = spoil(folder / "model.safetensors", lambda s: s.update({NORM: s[NORM].double()}))
     weight = load_file(file)[NORM]
     assert torch.equal(Decoder.from_pretrained(folder).norm.weight, weight.float())
-    spoil(file, lambda s: s.update({NORM: weight * 1e300}))  # finite in 64 bits
+    spoil(file, **{NORM: weight * 1e300})  # finite in 64 bits
     with pytest.raises(ValueError, match=f"{NORM} holds NaN or infinity as torch.float32"):
         Decoder.from_pretrained(folder)
 
@@ -113,7 +91,7 @@ def test_numbers_and_patterns_of_an_adapter_are_held_in_bounds(changes, said, ad
 
 
 @pytest.mark.parametrize("ids", [[10**6], [-1], None])
-def test_a_template_of_tokens_that_are_not_there_is_refused(ids, tmp_path):
+def test_a_template_of_tokens_that_are_not_there_is_refused(ids, folder):
     """Without an entry for its token, the library panics, which is no Exception."""
 
     def change(raw: dict) -> None:
@@ -123,14 +101,12 @@ def test_a_template_of_tokens_that_are_not_there_is_refused(ids, tmp_path):
         else:
             template["special_tokens"]["<s>"]["ids"] = ids
 
-    folder = Path(shutil.copytree(GOLDEN / "interop" / "base", tmp_path / "model"))
     spoil(folder / "tokenizer.json", change)
     with pytest.raises(ValueError, match="tokenizer.json: "):
         LLM2Vec.from_pretrained(folder)
 
 
-def test_a_token_that_the_tokenizer_has_no_word_for_is_one_clear_error(tmp_path):
-    folder = Path(shutil.copytree(GOLDEN / "interop" / "base", tmp_path / "model"))
+def test_a_token_that_the_tokenizer_has_no_word_for_is_one_clear_error(folder):
     words = {"type": "WordLevel", "vocab": {"a": 3}, "unk_token": "[UNK]"}
     spoil(folder / "tokenizer.json", lambda raw: raw.update({"model": words, "normalizer": None}))
     encoder = LLM2Vec.from_pretrained(folder)

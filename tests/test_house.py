@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 FILES = {file.stem: file for file in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]}
 
 

@@ -8,18 +8,17 @@ import copy
 import json
 import shutil
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import INTEROP, spoil
 from safetensors.torch import load_file
 
 import llm2vec_data.export
 from llm2vec import Decoder, LLM2Vec, load_tokenizer
 from lora import load_adapter, merge_lora, save_adapter
 
-INTEROP = Path(__file__).parent / "golden" / "interop"
 BASE = INTEROP / "base"
 CASES = json.loads((INTEROP / "cases.json").read_text(encoding="utf-8"))
 KINDS = ["prepend", "metaspace", "bytes", "bytes-bos"]  # of tokenizers; `bytes` alone has no BOS
@@ -131,7 +130,7 @@ def test_an_adapter_that_needs_another_base_is_refused(start, tmp_path):
     """PEFT subtracts such an adapter's start from the base weights when it loads one."""
     shutil.copytree(INTEROP / "inner-list", tmp_path, dirs_exist_ok=True)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": start}))
+    spoil(file, init_lora_weights=start)
     with pytest.raises(ValueError, match=f"init_lora_weights is '{start}'"):
         load_adapter(base(), tmp_path)
 

@@ -1,11 +1,9 @@
 """Adapters: what they change, what they never touch, and what is said of bad ones."""
 
-import json
-
 import pytest
 import torch
+from helpers import small_decoder, spoil
 from safetensors.torch import load_file, save_file
-from test_method import small_decoder
 
 from lora import adapted, add_lora, kept, load_adapter, merge_lora, save_adapter
 
@@ -124,8 +122,7 @@ def test_an_anchored_pattern_matches_the_name_that_peft_saw(start, inner, tmp_pa
     """In the inner model or in a causal one, as the keys of the file say."""
     save_adapter(with_adapters(), tmp_path)
     file, decoder = tmp_path / "adapter_config.json", small_decoder()
-    changed = json.loads(file.read_text()) | {"alpha_pattern": {f"{start}mlp.up_proj": 24}}
-    file.write_text(json.dumps(changed))
+    spoil(file, alpha_pattern={f"{start}mlp.up_proj": 24})
     weights = tmp_path / "adapter_model.safetensors"
     state = {
         k.replace("model.layers", f"model.{inner}layers"): w for k, w in load_file(weights).items()
@@ -141,19 +138,16 @@ UP = "base_model.model.layers.0.mlp.up_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(
-    "spoil, said",
+    "change, said",
     [
         (lambda s: s.update({UP: s[UP][:, 1:].contiguous()}), r"up_proj.lora_A is \[3, 15\]"),
         (lambda s: s.update({UP.replace("0", "9"): s[UP].clone()}), r"layers\.9\.mlp\.up_proj"),
         (lambda s: s.pop(UP), "layers.0.mlp.up_proj has lora_B, not lora_A"),
     ],
 )
-def test_a_broken_adapter_is_named_and_changes_no_model(spoil, said, tmp_path):
+def test_a_broken_adapter_is_named_and_changes_no_model(change, said, tmp_path):
     save_adapter(with_adapters(), tmp_path)
-    file, decoder = tmp_path / "adapter_model.safetensors", small_decoder()
-    state = load_file(file)
-    spoil(state)
-    save_file(state, file)
+    file, decoder = spoil(tmp_path / "adapter_model.safetensors", change), small_decoder()
     with pytest.raises(ValueError, match=f"{file}: .*{said}"):
         load_adapter(decoder, tmp_path)
     assert not adapted(decoder) and all(p.requires_grad for p in decoder.parameters())

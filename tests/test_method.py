@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers import small_decoder
 
 from llm2vec import (
-    Config,
-    Decoder,
     attention_mask,
     batches_by_length,
     contrastive_loss,
@@ -14,18 +13,6 @@ from llm2vec import (
     mntp_loss,
     pool,
 )
-
-SHAPE = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
-SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4)
-
-
-def small_decoder(**changes) -> Decoder:
-    torch.manual_seed(0)
-    decoder = Decoder(Config(**SHAPE | changes)).double().eval()
-    for weight in decoder.parameters():
-        torch.nn.init.normal_(weight, std=0.4)
-    return decoder
-
 
 # --- Step 1 ------------------------------------------------------------------------------------
 

@@ -1,22 +1,14 @@
 """The 4-bit base: its table and rounding, its gradients, and what it keeps in memory."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import GOLDEN, TINY, log_of, python, small_decoder
 from safetensors.torch import load_file
-from test_method import small_decoder
 from torch import nn
 
 import lora
 from llm2vec import Decoder, LLM2Vec, mntp_loss
 from lora import add_lora, load_adapter, merge_lora, quantize_nf4, save_adapter
-
-ROOT = Path(__file__).parent.parent
-TINY, GOLDEN = ROOT / "data" / "tiny-llama", ROOT / "tests" / "golden"
 
 # QLoRA's table, as its appendix E and bitsandbytes have it.
 PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
@@ -128,19 +120,15 @@ def test_what_does_not_fit_is_refused():
 def test_stages_train_on_it_and_export_whole_weights(tmp_path):
     mntp, simcse = tmp_path / "mntp", tmp_path / "simcse"
 
-    def train(*flags: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "train.py", *map(str, flags), "--model", TINY]
-        command += ["--preset", "tiny", "--dtype", "float32"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-    first = train("mntp", "--steps", 12, "--output", mntp, "--quantize", "nf4")
+    how = ["--model", TINY, "--preset", "tiny", "--dtype", "float32"]
+    first = python("train.py", "mntp", "--steps", 12, "--output", mntp, "--quantize", "nf4", *how)
     assert first.returncode == 0, first.stderr
-    losses = [json.loads(line)["loss"] for line in (mntp / "log.jsonl").open()]
+    losses = [line["loss"] for line in log_of(mntp)]
     assert losses[-1] < losses[0]
-    second = ["simcse", "--steps", 2, "--adapters", mntp, "--output", simcse]
-    assert train(*second, "--quantize", "nf4").returncode == 0
+    second = ["train.py", "simcse", *how, "--steps", 2, "--adapters", mntp, "--output", simcse]
+    assert python(*second, "--quantize", "nf4").returncode == 0
     exported = load_file(simcse / "encoder" / "model.safetensors")
     merged = LLM2Vec.from_pretrained(TINY, [mntp, simcse]).decoder.state_dict()
     assert all(torch.equal(exported[f"model.{name}"], w) for name, w in merged.items())
-    other = train(*second)
+    other = python(*second)
     assert other.returncode == 2 and "a run with other settings" in other.stderr

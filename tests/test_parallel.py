@@ -6,35 +6,29 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, TINY, log_of
 from safetensors.torch import load_file
 
 import llm2vec
 import train
 from llm2vec import LLM2Vec
 from llm2vec_data import encode as files
-from llm2vec_data.corpus import WIKIPEDIA, read_documents
-from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "data" / "tiny-llama"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def go(folder: Path, stage: str, steps: int, max_tokens: int, batch: int) -> None:
     """A stage without dropout, whose random numbers differ with the number of processes."""
-    model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
-    del model.decoder.layers[2:]
-    data = read_pairs([PAIRS]) if stage == "supervised" else read_documents(WIKIPEDIA)[:150]
     how = {"steps": steps, "max_tokens": max_tokens, "batch": batch, "length": 24, "lr": 1e-4}
     how |= {"dropout": 0.0, "attention_dropout": 0.0, "save_every": 5, "warm_up": 10}
-    STAGES[stage].run(model, data, replace(STAGES[stage].presets["tiny"], **how), folder)
+    helpers.go(stage, folder, **how)
 
 
 # Shares are unequal, or the second process has none; in one pass, or in parts of 60 tokens.
@@ -45,10 +39,6 @@ def torchrun(*args: object) -> subprocess.Popen:
     env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     return subprocess.Popen([*TORCHRUN, *map(str, args)], **how)
-
-
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").open()]
 
 
 def newest(folder: Path) -> int:
@@ -156,11 +146,10 @@ def test_each_process_loads_its_model_onto_its_own_gpu(monkeypatch):
     assert loaded == [torch.device(name) for name in ("cuda:3", "cuda:3", "cuda:1", "cpu")]
 
 
-def test_only_stages_are_shared_out(monkeypatch):
+def test_only_stages_are_shared_out(command, monkeypatch):
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(ValueError, match=r"torchrun shares out a stage \(mntp"):
-        train.main()
+    status, _, errors = command()
+    assert status == 2 and "torchrun shares out a stage (mntp" in errors
 
 
 if __name__ == "__main__":  # of torchrun

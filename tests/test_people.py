@@ -4,16 +4,14 @@ import io
 import json
 import math
 import os
-import shutil
 import stat
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import DOCUMENTS, TINY, adapter_bytes, go, log_of, pair, python, spoil, tiny
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer
 
@@ -21,38 +19,10 @@ import lora
 import train
 from llm2vec import LLM2Vec, contrastive_loss
 from llm2vec_data import benchmarks, disk, runs
-from llm2vec_data.checkpoints import TINY
 from llm2vec_data.encode import encode_file
-from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES, Batches, known_right
 
-ROOT = Path(__file__).parent.parent
-INTEROP = Path(__file__).parent / "golden" / "interop"
 TEXTS = ["A man plays a guitar.", "Stocks fell sharply."]
-
-
-def tiny(**how) -> LLM2Vec:
-    model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32, **how)
-    del model.decoder.layers[2:]
-    model.decoder.config.num_hidden_layers = 2
-    return model
-
-
-def go(stage: str, folder: Path, model: LLM2Vec | None = None, data=None, **changes) -> LLM2Vec:
-    how = {"steps": 3, "batch": 8, "length": 16, "save_every": 1} | changes
-    settings = replace(STAGES[stage].presets["tiny"], **how)
-    data = data or (read_pairs([PAIRS]) if stage == "supervised" else DOCUMENTS)
-    STAGES[stage].run(model := model or tiny(), data, settings, folder)
-    return model
-
-
-DOCUMENTS = STAGES["mntp"].read(STAGES["mntp"].presets["tiny"])[:60]
-
-
-def pair(query: str, positive: str, *negatives: str, instruction: str = "") -> dict:
-    return {"query": query, "positive": positive, "negatives": [*negatives]} | {
-        "instruction": instruction
-    }
 
 
 # --- Settings ----------------------------------------------------------------------------------
@@ -91,17 +61,17 @@ def test_training_stops_when_scores_get_no_better_and_a_resumed_run_stops_there_
         run = tmp_path / name
 
         def sts(*_, run=run):
-            return {"dev": scores[len((run / "log.jsonl").read_text().splitlines())]}
+            return {"dev": scores[len(log_of(run))]}
 
         monkeypatch.setattr(benchmarks, "sts", sts)
-        how = {"steps": 9, "dev": str(dev), "patience": 2}
+        how = {"steps": 9, "dev": str(dev), "patience": 2, "save_every": 1}
         if name == "stopped":
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(runs, "save_adapter", lambda *_: interrupt())
                 go("simcse", run, **how)
         go("simcse", run, **how)
-        assert len((run / "log.jsonl").read_text().splitlines()) == 4, "0.9 would have come next"
-    both = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("whole", "stopped")]
+        assert len(log_of(run)) == 4, "0.9 would have come next"
+    both = [adapter_bytes(tmp_path / n) for n in ("whole", "stopped")]
     assert both[0] == both[1]
 
 
@@ -176,23 +146,18 @@ def test_pairs_without_an_instruction_have_the_encoders_own_prompt(tmp_path, mon
 )
 def test_what_a_folder_says_is_honoured_or_refused_by_name(file, fields, said, tmp_path):
     tiny().save(tmp_path / "encoder")
-    file = tmp_path / "encoder" / file
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    spoil(tmp_path / "encoder" / file, **fields)
     with pytest.raises(ValueError, match=f"{said}, which is not supported"):
         LLM2Vec.from_pretrained(tmp_path / "encoder")
 
 
 def test_a_folder_of_sentence_transformers_has_nothing_between_prompt_and_text(tmp_path):
     tiny().save(tmp_path / "encoder")
-    config = tmp_path / "encoder" / "config.json"
-    raw = json.loads(config.read_text())
-    del raw["llm2vec"]
-    config.write_text(json.dumps(raw))
+    spoil(tmp_path / "encoder" / "config.json", lambda raw: raw.pop("llm2vec"))
     assert LLM2Vec.from_pretrained(tmp_path / "encoder").separator == ""
 
 
-def test_an_eos_that_the_tokenizer_does_not_append_is_said(tmp_path, capsys):
-    folder = shutil.copytree(INTEROP / "base", tmp_path / "model")
+def test_an_eos_that_the_tokenizer_does_not_append_is_said(folder, capsys):
     (folder / "tokenizer_config.json").write_text('{"add_eos_token": true}')
     LLM2Vec.from_pretrained(folder)
     assert "add_eos_token is true, but" in capsys.readouterr().err
@@ -235,7 +200,7 @@ def test_answers_that_are_right_for_all_leave_nothing_to_lose(stage, tmp_path):
     if stage == "simcse":
         texts = [f"{equal}{end}." for end in ("here", "there", "now", "then")]
         go(stage, tmp_path / "equal", data=texts, batch=4, length=6)
-    losses = [json.loads(x)["loss"] for f in tmp_path.glob("*/log.jsonl") for x in f.open()]
+    losses = [line["loss"] for run in tmp_path.iterdir() for line in log_of(run)]
     assert losses and max(losses) < 1e-6
 
 
@@ -299,21 +264,20 @@ def test_standard_output_without_a_buffer_takes_vectors(tmp_path, monkeypatch):
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_a_letter_that_can_not_be_shown_loses_no_result(encoding, tmp_path):
     run, env = tmp_path / "汉字", os.environ | {"PYTHONIOENCODING": encoding}
-    command = [sys.executable, ROOT / "train.py", "simcse", "--model", TINY, "--preset", "tiny"]
-    command += ["--steps", "1", "--batch", "2", "--output", run, "--dtype", "float32"]
     (tmp_path / "corpus.txt").write_text("\n".join(DOCUMENTS), encoding="utf-8")
-    command += ["--corpus", tmp_path / "corpus.txt"]
-    done = subprocess.run(command, env=env, capture_output=True)
+    args = ["simcse", "--model", TINY, "--preset", "tiny", "--steps", 1, "--batch", 2]
+    args += ["--output", run, "--dtype", "float32", "--corpus", tmp_path / "corpus.txt"]
+    done = python("train.py", *args, env=env, text=False)
     assert done.returncode == 0, done.stderr
     assert (run / "encoder" / "config.json").exists() and b"\\u6c49" in done.stdout
 
 
-def test_padding_is_no_word_of_the_vocabulary_that_was_added(tmp_path):
-    folder = shutil.copytree(INTEROP / "base", tmp_path / "model")
-    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    for token in raw["added_tokens"]:
-        token["special"] = token["content"] in ("<s>", "<|begin_of_text|>")
-    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+def test_padding_is_no_word_of_the_vocabulary_that_was_added(folder, tmp_path):
+    def change(raw: dict) -> None:
+        for token in raw["added_tokens"]:
+            token["special"] = token["content"] in ("<s>", "<|begin_of_text|>")
+
+    spoil(folder / "tokenizer.json", change)
     model = LLM2Vec.from_pretrained(folder)
     bos = model.tokenizer.encode("").ids
     model.tokenizer.add_tokens(["find"])
@@ -363,8 +327,8 @@ def test_what_is_replaced_later_is_no_view_of_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", kept)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "write_whole", stop_after_two)
-        go("mntp", tmp_path, steps=6)
-    go("mntp", tmp_path, steps=6)
+        go("mntp", tmp_path, steps=6, save_every=1)
+    go("mntp", tmp_path, steps=6, save_every=1)
     assert loaded
     files = {t.untyped_storage().data_ptr() for state in loaded for t in state.values()}
     moments = [v for s in optimizers[-1].state.values() for v in s.values() if torch.is_tensor(v)]

@@ -5,13 +5,11 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, python
 
-ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "tests" / "README.md"]
 TEXT, *OTHERS = (file.read_text(encoding="utf-8") for file in FILES)
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join([TEXT, *OTHERS]), re.DOTALL))
@@ -48,7 +46,7 @@ def test_every_command_has_flags_that_are_there(line, monkeypatch):
 def test_every_python_example_runs():
     """One behind the other, in one process."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", code)
     assert code and done.returncode == 0, done.stderr
 
 
@@ -66,6 +64,6 @@ def test_every_hack_runs_as_it_stands(diff, tmp_path):
         code = (tmp_path / name).read_text()
         assert code.count(old) == 1, "the place that it changes is there"
         (tmp_path / name).write_text(code.replace(old, new))
-    command = [sys.executable, "train.py", "--steps", "2", "--dtype", "float32", "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    args = ["--steps", 2, "--dtype", "float32", "--output", "out"]
+    done = python("train.py", *args, cwd=tmp_path)
     assert done.returncode == 0 and "| + simcse" in done.stdout, done.stderr

@@ -1,36 +1,34 @@
 """A run that was stopped, however it was stopped, ends with the bits of one that was not."""
 
 import errno
-import json
 import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
+from helpers import DOCUMENTS, ROOT, TINY, adapter_bytes, log_of, python
 from safetensors.torch import load_file
 
 import train
 from llm2vec import LLM2Vec
 from llm2vec_data import runs
 from llm2vec_data.commands import cli
-from llm2vec_data.corpus import WIKIPEDIA, read_documents
-from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "data" / "tiny-llama"
 # With dropout, in every stage's tiny settings; and a batch is taken in parts: four and two blocks
 # of masked tokens, whose gradients add up, and at least three parts of sentences (GradCache).
 CHANGES = {"steps": 7, "batch": 6, "length": 16, "save_every": 2, "max_tokens": 64}
-DOCUMENTS, SOME_PAIRS = read_documents(WIKIPEDIA)[:150], [read_pairs([PAIRS])[0][:200]]
+
+
+def go(stage: str, folder: Path, data: list | None = None, **changes) -> LLM2Vec:
+    return helpers.go(stage, folder, None, data, **CHANGES | changes)
 
 
 class Killed(BaseException):
@@ -47,21 +45,8 @@ def after(n: int, call: Callable, then: Callable = die) -> Callable:
     return lambda *args, **how: (then if next(left, None) is None else call)(*args, **how)
 
 
-def go(stage: str, folder: Path, documents: list[str] = DOCUMENTS, **changes) -> LLM2Vec:
-    model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
-    del model.decoder.layers[2:]
-    data = SOME_PAIRS if stage == "supervised" else documents
-    settings = replace(STAGES[stage].presets["tiny"], **CHANGES | changes)
-    STAGES[stage].run(model, data, settings, folder)
-    return model
-
-
-def adapter(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
 def steps(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "log.jsonl").open()]
+    return [line["step"] for line in log_of(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +55,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     for stage in STAGES:
         go(stage, folder / stage)
-    return {stage: adapter(folder / stage) for stage in STAGES}
+    return {stage: adapter_bytes(folder / stage) for stage in STAGES}
 
 
 MOMENTS = (  # and how often a run comes there; files are settings, log, states, tokenizer, adapter
@@ -94,7 +79,7 @@ def test_killed_runs_end_with_the_same_bits(stage, trials, whole, tmp_path, monk
             go(stage, folder)
         assert not (folder / "finished").exists()
         go(stage, folder)
-        assert adapter(folder) == whole[stage], (name, n)
+        assert adapter_bytes(folder) == whole[stage], (name, n)
         assert steps(folder) == list(range(1, 8))
         assert not list(folder.glob("*.part")) and not list(folder.glob("state-*"))
 
@@ -113,7 +98,7 @@ def test_a_line_of_the_log_that_was_cut_off_is_passed_over(whole, tmp_path, monk
         go("mntp", tmp_path)
     state.write_bytes(content)
     go("mntp", tmp_path)
-    assert adapter(tmp_path) == whole["mntp"] and steps(tmp_path) == list(range(1, 8))
+    assert adapter_bytes(tmp_path) == whole["mntp"] and steps(tmp_path) == list(range(1, 8))
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2, 4, 8, 11, 13, 14])
@@ -131,7 +116,7 @@ def test_a_full_disk_loses_nothing_that_was_there(writes, whole, tmp_path, monke
         load_file(file)
     assert not (tmp_path / "finished").exists()
     go("mntp", tmp_path)
-    assert adapter(tmp_path) == whole["mntp"]
+    assert adapter_bytes(tmp_path) == whole["mntp"]
 
 
 def test_out_of_memory_names_the_flag_and_leaves_a_state(whole, tmp_path, monkeypatch):
@@ -149,7 +134,7 @@ def test_out_of_memory_names_the_flag_and_leaves_a_state(whole, tmp_path, monkey
             go("simcse", tmp_path, recompute=2)
     assert [file.name for file in tmp_path.glob("state-*")] == ["state-00000002.safetensors"]
     go("simcse", tmp_path)
-    assert adapter(tmp_path) == whole["simcse"]
+    assert adapter_bytes(tmp_path) == whole["simcse"]
 
 
 def test_out_of_memory_elsewhere_is_one_line_and_other_errors_are_not(capsys):
@@ -195,7 +180,7 @@ def test_other_settings_data_or_code_are_refused_by_name(tmp_path, monkeypatch):
     for changes, said in (
         ({"lr": 1e-4}, "lr was 0.002 and is 0.0001; --overwrite trains it anew"),
         ({"seed": 3}, "seed was 0"),
-        ({"documents": DOCUMENTS[1:]}, "data was"),
+        ({"data": DOCUMENTS[1:]}, "data was"),
     ):
         with pytest.raises(ValueError, match=said):
             go("mntp", run, **changes)
@@ -221,7 +206,7 @@ def test_a_run_that_has_no_state_yet_may_begin_with_other_settings(whole, tmp_pa
         patch.setattr(train, "learning_rate", die)
         go("mntp", tmp_path, seed=3)
     go("mntp", tmp_path)
-    assert adapter(tmp_path) == whole["mntp"] and steps(tmp_path) == list(range(1, 8))
+    assert adapter_bytes(tmp_path) == whole["mntp"] and steps(tmp_path) == list(range(1, 8))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -239,9 +224,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_twenty_processes_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     """With dropout, in several parts a step, from a state of every step."""
-    command = [sys.executable, __file__, str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = python(__file__, tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     same, killed = map(int, done.stdout.split())
     assert same == 20 and killed > 15, "a few may be done before"
@@ -270,7 +253,7 @@ def kill_twenty(root: Path) -> None:
             os.kill(child, signal.SIGKILL)
             killed += os.waitpid(child, 0)[1] == signal.SIGKILL
             assert os.waitpid(start(stage, folder), 0)[1] == 0
-            same += adapter(folder) == adapter(root / stage)
+            same += adapter_bytes(folder) == adapter_bytes(root / stage)
     print(same, killed)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import go, log_of, tiny
 
 import train
 from llm2vec import LLM2Vec, contrastive_loss, tokenize
@@ -15,17 +16,10 @@ from llm2vec_data.make_pairs import make_pairs
 from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
 
-TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
-
 
 def write(path: Path, *records: object) -> Path:
     path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
     return path
-
-
-def run(model: LLM2Vec, datasets: list[list[dict]], folder: Path, **changes) -> None:
-    settings = replace(STAGES["supervised"].presets["tiny"], **changes)
-    STAGES["supervised"].run(model, datasets, settings, folder)
 
 
 A = {"query": "a?", "positive": "a."}
@@ -88,7 +82,7 @@ def test_the_bundled_pairs_hold_no_article_that_is_scored():
 @pytest.mark.parametrize("max_tokens", [10_000, 40])
 def test_queries_choose_among_all_positives_and_hard_negatives(max_tokens, tmp_path, monkeypatch):
     """The loss and its gradient by hand; instructions stand before queries alone."""
-    model = LLM2Vec.from_pretrained(TINY)
+    model = tiny()
     model.decoder.requires_grad_(True)
     longer = {"query": "a longer query?", "positive": "and a longer answer", "negative": "x"}
     pairs, found = [A, B, C, longer], []
@@ -96,8 +90,8 @@ def test_queries_choose_among_all_positives_and_hard_negatives(max_tokens, tmp_p
     monkeypatch.setattr(
         train, "fit", lambda _, data, backward, *__: found.append(backward(*data, 0))
     )
-    run(model, dataset, tmp_path, max_tokens=max_tokens)
-    weight = model.decoder.layers[2].mlp.up_proj.weight
+    go("supervised", tmp_path, model, dataset, max_tokens=max_tokens)
+    weight = model.decoder.layers[1].mlp.up_proj.weight
     gradient = weight.grad.clone()
     model.decoder.zero_grad()
 
@@ -117,11 +111,11 @@ def test_instructions_stand_where_the_pairs_say_and_go_with_the_encoder(tmp_path
     """Symmetric data has them on both sides; one of all queries is the prompt of an export."""
     both = {"instruction": "Find alike:", "answer_instruction": "Find alike:"}
     pairs = read_pairs([write(tmp_path / "a.jsonl", A | both, C | both)])
-    model, seen = LLM2Vec.from_pretrained(TINY), []
+    model, seen = tiny(), []
     seen_by = lambda _, rows, *__: seen.append(rows) or (0.0, 1)  # noqa: E731
     monkeypatch.setattr(train, "backward_through_encoder", seen_by)
     monkeypatch.setattr(train, "fit", lambda _, data, backward, *__: backward(data[0], 0))
-    run(model, pairs, tmp_path)
+    go("supervised", tmp_path, model, pairs)
     texts = ["a?", "c?", "a.", "c.", "not c.", "nor this"]
     assert seen[0] == tokenize(model.tokenizer, texts, 64, "Find alike:")
     assert model.prompts == {"query": "Find alike:\n", "document": "Find alike:\n"}
@@ -129,9 +123,9 @@ def test_instructions_stand_where_the_pairs_say_and_go_with_the_encoder(tmp_path
     written = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
     assert written["prompts"] == model.prompts and written["default_prompt_name"] is None
     assert LLM2Vec.from_pretrained(tmp_path / "out").prompts == model.prompts
-    other = LLM2Vec.from_pretrained(TINY)
+    other = tiny()
     pairs = read_pairs([write(tmp_path / "b.jsonl", A, B)])
-    run(other, pairs, tmp_path)
+    go("supervised", tmp_path, other, pairs)
     assert other.prompts == {}, "two instructions are none"
 
 
@@ -146,9 +140,17 @@ def test_the_rate_may_fall_over_several_epochs():
 
 
 def test_an_encoder_reads_as_much_of_a_text_as_it_was_trained_on(tmp_path):
-    model, pairs = LLM2Vec.from_pretrained(TINY), read_pairs([write(tmp_path / "a.jsonl", A, C)])
+    model, pairs = tiny(), read_pairs([write(tmp_path / "a.jsonl", A, C)])
     for length, expected in ((64, 512), (1024, 1024)):
-        run(model, pairs, tmp_path / str(length), steps=1, length=length, pooling="last")
+        go(
+            "supervised",
+            tmp_path / str(length),
+            model,
+            pairs,
+            steps=1,
+            length=length,
+            pooling="last",
+        )
         assert (model.max_length, model.pooling) == (expected, "last")
 
 
@@ -167,6 +169,5 @@ def test_queries_that_share_an_answer_are_not_set_against_it(tmp_path):
 
     same = {"positive": "Yes.", "negatives": ["Yes."], "instruction": ""}
     pairs = [{"query": f"Question {i}?"} | same for i in range(8)]
-    run(LLM2Vec.from_pretrained(TINY), [pairs], tmp_path, steps=2, batch=8)
-    losses = [json.loads(x)["loss"] for x in (tmp_path / "log.jsonl").open()]
-    assert max(losses) < 1e-6, "there is nothing to be told apart"
+    go("supervised", tmp_path, None, [pairs], steps=2)
+    assert max(line["loss"] for line in log_of(tmp_path)) < 1e-6, "nothing is to be told apart"

@@ -6,13 +6,13 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DATA, DOCUMENTS, QUICK, ROOT, TINY, go, log_of, tiny
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -21,50 +21,13 @@ import lora
 import train
 from llm2vec import LLM2Vec, contrastive_loss, pad, pool, tokenize
 from llm2vec_data import benchmarks, figures
-from llm2vec_data.commands import cli, kind_of
+from llm2vec_data.commands import kind_of
 from llm2vec_data.corpus import sentences
 from train import STAGES, Batches, Settings, Stage, backward_through_encoder
-
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "data" / "tiny-llama"
-
-
-def bundled(stage: Stage) -> list | None:
-    """Some of the data that a stage has without being told; None if it has none."""
-    try:
-        data = stage.read(next(iter(stage.presets.values())))
-    except (OSError, ValueError):
-        return None
-    return data[:200] if isinstance(data[0], str) else [items[:40] for items in data]
-
-
-DATA = {name: bundled(stage) for name, stage in STAGES.items()}
-DOCUMENTS = DATA["mntp"]
-QUICK = {
-    name: replace(presets.get("tiny", next(iter(presets.values()))), steps=3, batch=8, length=32)
-    for name, presets in ((name, STAGES[name].presets) for name in STAGES if DATA[name])
-}
-
-
-def tiny(layers: int = 6, adapters: tuple = ()) -> LLM2Vec:
-    model = LLM2Vec.from_pretrained(TINY, adapters, dtype=torch.float32)
-    del model.decoder.layers[layers:]
-    return model
-
-
-def go(stage: str, folder: Path, model: LLM2Vec | None = None, data=None, **changes) -> LLM2Vec:
-    model = model or tiny()
-    data = data or DATA[stage]
-    STAGES[stage].run(model, data, replace(QUICK[stage], **changes), folder)
-    return model
 
 
 def weights(model: LLM2Vec) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.decoder.state_dict().items()}
-
-
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").open()]
 
 
 @pytest.mark.parametrize("stage", QUICK)
@@ -161,7 +124,7 @@ def test_a_step_that_runs_out_of_memory_recomputes_more_layers(tmp_path, monkeyp
     """A GPU's error in a later part of a step leads to the adapter of a run without it."""
     made, layers = [], []
     for failures in (0, 2):
-        model, calls = tiny(), iter([False] * 5 + [True] * failures)
+        model, calls = tiny(6), iter([False] * 5 + [True] * failures)
         forward = model.decoder.layers[3].forward
 
         def short_of_memory(*args, forward=forward, decoder=model.decoder, calls=calls):
@@ -420,23 +383,6 @@ def test_whatever_requires_a_gradient_is_trained_saved_resumed_and_read_back(
 # --- The commands ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path) -> Callable:
-    """Run a command in this process, in an empty folder: its exit status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args, main=train.main) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
-        status = 0
-        try:
-            cli(main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 SMALL = ["--model", TINY, "--dtype", "float32", "--device", "cpu"]
 SMALL += ["--preset", "tiny", "--steps", 2, "--batch", 4, "--length", 32]
 
@@ -478,7 +424,7 @@ def test_stages_one_by_one_and_what_is_finished_is_said_to_be(command):
             assert (said in out) is not trained
             assert Path(stage, "encoder").exists() is (stage != "mntp")
     exported = LLM2Vec.from_pretrained("simcse/encoder", dtype=torch.float32)
-    expected = weights(tiny(adapters=("mntp", "simcse")))
+    expected = weights(tiny(6, ("mntp", "simcse")))
     torch.testing.assert_close(weights(exported), expected, atol=0, rtol=0)
 
 
