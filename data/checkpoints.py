@@ -356,7 +356,7 @@ START = "<|endoftext|>"
 TEMPLATES = {
     "endoftext": (START, ""),
     # The chat markers that the authors put around every input of an instruct model.
-    "mistral": ("[INST]", "[/INST]"),  # Mistral-Instruct, Llama-2-chat
+    "mistral": ("[INST]", " [/INST]"),  # Mistral-Instruct, Llama-2-chat
     "llama-3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
     # PromptEOL (Jiang et al. 2023, arXiv 2307.16645): an instruct model, causal, is asked for the
     # text in one word, and its last state is the vector. The second one shows it an example first.
@@ -418,9 +418,15 @@ def add_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
     for marker in re.findall(r"<\|\w+\|>", opening + closing):
         if tokenizer.token_to_id(marker) is None:
             raise ValueError(f"has no token {marker}, as the template needs")
-    parts = (opening.rstrip(" "), closing)
-    front, back = (tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
-    if opening.endswith(" ") and not tokenizer.encode("a").tokens[len(bos)].startswith("▁"):
+    if tokenizer.token_to_id(closing.strip(" ")) is not None:
+        closing = closing.strip(" ")
+    # Sentencepiece puts a space before whatever it is given: not before what follows a text.
+    spaced = tokenizer.encode("a").tokens[len(bos)].startswith("▁")
+    before = "\n" if spaced else ""
+    parts = (opening.rstrip(" "), before, before + closing)
+    front, skipped, back = (tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
+    back = back[len(skipped) :]
+    if opening.endswith(" ") and not spaced:
         steps = [Prepend(" "), tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([step for step in steps if step])
     names = {i: tokenizer.id_to_token(i) for i in (*bos, *front, *back, *eos)}

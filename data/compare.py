@@ -50,7 +50,10 @@ def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
     ):
         yield name, kind(model.decoder, model.tokenizer, pooling, model.max_length)
     for template in ("one-word", "one-word-example"):
-        tokenizer = load_tokenizer(find_checkpoint(model.made_of[0]), template)
+        try:
+            tokenizer = load_tokenizer(find_checkpoint(model.made_of[0]), template)
+        except ValueError:  # it has a template already, or no token to start with
+            continue
         yield f"causal, {template}", LLM2Vec(model.decoder, tokenizer, "last", model.max_length)
 
 

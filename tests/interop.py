@@ -114,6 +114,13 @@ def sentence_transformers(kind: str, scratch: Path, out: Path) -> dict[str, Tens
             check(f"sentence-transformers, {key}", ours, vectors[key])
         for encode in (theirs.encode_query, theirs.encode_document):
             check(f"    {encode.__name__}", model.encode(TEXTS), encode(TEXTS))
+        if pooling == "last":  # with several tokens after every text, some of them words
+            for template in (("Q: ", " A:"), ('This "', '" is:')):
+                around = load_tokenizer(INTEROP / kind, template)
+                asked = LLM2Vec(our_decoder(), around, pooling, 2 * MAX_LENGTH)
+                asked.save(folder)
+                theirs_too = SentenceTransformer(str(folder), device="cpu")
+                check(f"    within {template}", asked.encode(TEXTS), theirs_too.encode(TEXTS))
         if pooling in ("mean", "last"):
             with torch.no_grad():  # as their trainer does
                 forward = theirs(theirs.preprocess(TEXTS))["sentence_embedding"]

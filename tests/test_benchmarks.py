@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, TINY
+from helpers import GOLDEN, TINY, tiny
 
 from llm2vec import LLM2Vec, mask_tokens, pad, tokenize, word_states
 from llm2vec_data import benchmarks as bench
 from llm2vec_data import compare
+from llm2vec_data.checkpoints import TEMPLATES
 from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
 from llm2vec_data.metrics import entity_f1, ndcg, recall, spearman
 
@@ -221,30 +222,19 @@ def test_echo_pools_the_second_copy_of_each_text():
         np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("template", [None, "endoftext", "mistral"])
-def test_prompteol_reads_the_last_token_of_its_prompt(template):
-    """After a template's opening, with a text as the authors' code prepares it."""
-    plain = LLM2Vec.from_pretrained(TINY, is_causal=True)
-    opening = {"endoftext": [0], "mistral": plain.tokenizer.encode("[INST]").ids}.get(template, [])
-    tokenizer = LLM2Vec.from_pretrained(TINY, template=template).tokenizer
-    model = compare.PromptEOL(plain.decoder, tokenizer, "last")
-    prepared = {"An echo.": "An echo.", 'So "new"': "So 'new'", "Is it?": "Is it.", "No": "No."}
-    for found, text in zip(model.encode([*prepared]), prepared.values(), strict=True):
-        ids = plain.tokenizer.encode(f'This sentence : "{text}" means in one word:"').ids
-        expected = plain.decoder(pad([opening + ids]))[0, -1].detach().numpy()
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_prompteol_cuts_a_long_text_and_never_the_prompt(monkeypatch):
-    causal, rows = LLM2Vec.from_pretrained(TINY, is_causal=True, template="endoftext"), []
-    model = compare.PromptEOL(causal.decoder, causal.tokenizer, "last", max_length=99)
-    monkeypatch.setattr(LLM2Vec, "embed", lambda _, part: rows.extend(part) or torch.zeros(1, 256))
-    for text in ("One word. " * 99, "日本" * 99, "x" * 999, '"(' * 99, "short", ""):
-        model.encode([text])
-        ids, own = rows[-1]
-        read = causal.tokenizer.decode(ids)
-        assert read.startswith('This sentence : "') and read.endswith('" means in one word:"')
-        assert len(ids) == len(own) <= 99 and (len(ids) > 60 or len(text) < 9)
+def test_the_one_word_prompts_are_baselines_read_at_their_last_token():
+    """Instead of the template that the model has, or after its start."""
+    plain, found = tiny(6, is_causal=True), {}
+    for template in (None, "endoftext", "mistral"):
+        rows = dict(compare.baselines(tiny(6, is_causal=True, template=template)))
+        for name in ("causal, one-word", "causal, one-word-example"):
+            found.setdefault(name, []).append(rows[name].encode(["An echo answers."])[0])
+    for name, vectors in found.items():
+        before, after = TEMPLATES[name.split(", ")[1]]
+        parts = (before.removeprefix("<|endoftext|>"), "An echo answers.", after)
+        ids = [0] + [i for part in parts for i in plain.tokenizer.encode(part).ids]
+        expected = plain.decoder(pad([ids]))[0, -1].detach().numpy()
+        np.testing.assert_allclose(vectors, [expected] * 3, atol=1e-5)
 
 
 def test_input_embeddings_are_read_off_the_table(encoder):

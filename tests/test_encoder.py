@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, TINY, python, spoil
+from helpers import GOLDEN, TINY, python, spoil, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 import llm2vec
 import llm2vec_data.export
 from llm2vec import Decoder, LLM2Vec, load_tokenizer, tokenize
+from llm2vec_data.checkpoints import TEMPLATES
 from llm2vec_data.corpus import WIKIPEDIA, read_documents
 from llm2vec_data.encode import encode_file
 from lora import add_lora, merge_lora, save_adapter
@@ -357,7 +358,7 @@ def test_a_template_is_recorded_in_the_saved_folder(folder, mistral, tmp_path):
     again = LLM2Vec.from_pretrained(tmp_path / "out")
     assert np.array_equal(model.encode(["Hello world"]), again.encode(["Hello world"]))
     assert not (tmp_path / "out" / "modules.json").exists()
-    with pytest.raises(ValueError, match="has a chat template already"):
+    with pytest.raises(ValueError, match="has a template already"):
         LLM2Vec.from_pretrained(tmp_path / "out", template="mistral")
     with pytest.raises(ValueError, match="template 'gpt'"):
         LLM2Vec.from_pretrained(folder, template="gpt")
@@ -376,7 +377,7 @@ def test_a_tokenizer_without_bos_may_have_one_in_front_and_keeps_it(tmp_path, mi
     assert weights["word_weights"][weights["vocab"][ids[0]]] == 0, "no BOS in the mean there too"
     assert weights["vocab"][ids[1]] not in weights["word_weights"]
     with pytest.raises(ValueError, match=r"tokenizer.json: has no token <\|endoftext\|>"):
-        load_tokenizer(mistral, "endoftext")
+        load_tokenizer(mistral, ("<|endoftext|>", ""))
 
 
 def test_a_template_is_saved_as_the_tokens_that_it_consists_of(tmp_path, mistral):
@@ -408,24 +409,79 @@ def test_a_template_is_saved_as_the_tokens_that_it_consists_of(tmp_path, mistral
 
 
 def test_a_template_is_not_put_on_another(tmp_path, mistral):
-    for folder, template, closing in ((TINY, "endoftext", []), (mistral, "mistral", [28793])):
-        tokenizer = load_tokenizer(folder, template)
-        tokenizer.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(ValueError, match="has a chat template already"):
-            load_tokenizer(tmp_path, template)
-        opening = tokenizer.encode("a").ids[: 1 if template == "endoftext" else 4]
-        names = {"[OPEN]": opening, "[CLOSE]": closing}  # as earlier versions saved it
-        tokenizer.post_processor = TemplateProcessing(
-            single="[OPEN] $A [CLOSE]",
-            special_tokens=[
-                {"id": name, "ids": ids, "tokens": [tokenizer.id_to_token(i) for i in ids]}
-                for name, ids in names.items()
-            ],
+    for template in ("mistral", ("", " and more"), ("one", "")):
+        load_tokenizer(mistral, template).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match="has a template already"):
+            load_tokenizer(tmp_path, "mistral")
+    tokenizer = load_tokenizer(mistral, "mistral")
+    names = {"[OPEN]": tokenizer.encode("a").ids[:4], "[CLOSE]": [28793]}  # of earlier versions
+    tokenizer.post_processor = TemplateProcessing(
+        single="[OPEN] $A [CLOSE]",
+        special_tokens=[
+            {"id": name, "ids": ids, "tokens": [tokenizer.id_to_token(i) for i in ids]}
+            for name, ids in names.items()
+        ],
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has a template already"):
+        load_tokenizer(tmp_path, "mistral")
+    assert load_tokenizer(tmp_path).encode("a").ids[:4] == names["[OPEN]"]
+
+
+def test_what_starts_every_text_starts_it_once(tmp_path, mistral):
+    plain = load_tokenizer(TINY, "endoftext")
+    plain.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, "endoftext").encode("a").ids == plain.encode("a").ids
+    asked = load_tokenizer(TINY, "one-word").encode("a").ids
+    assert load_tokenizer(tmp_path, "one-word").encode("a").ids == asked
+    assert asked[:2] == [0, plain.token_to_id("This")] and asked.count(0) == 1
+    llama_like = load_tokenizer(mistral, "one-word").encode("a").tokens  # whose BOS stays
+    assert llama_like[:2] == ["<s>", "▁This"]
+
+
+@pytest.mark.parametrize(
+    "before, after", [("query: ", ""), ("So: ", " means:"), ("", "?"), ('A "', '" is "the"')]
+)
+def test_any_text_goes_around_every_text_and_is_never_cut(before, after, mistral):
+    """As one reads it, where no token joins the parts; for both kinds of tokenizers."""
+    for folder, text in ((TINY, "birds fly south"), (mistral, "birds fly south in winter")):
+        plain = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, (before, after))
+        whole, ids = (
+            t.encode(x).ids for t, x in ((plain, before + text + after), (tokenizer, text))
         )
-        tokenizer.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(ValueError, match="has a chat template already"):
-            load_tokenizer(tmp_path, template)
-        assert load_tokenizer(tmp_path).encode("a").ids[: len(opening)] == opening
+        assert plain.decode(ids).replace(" ", "") == plain.decode(whole).replace(" ", "")
+        if before != 'A "':  # a quotation mark would join what follows
+            assert ids == whole
+        n = len(tokenizer.encode("").ids)
+        [(cut, own)] = tokenize(tokenizer, [text], n + 2)
+        opening = len(plain.encode(before.rstrip()).ids)
+        assert cut == ids[: opening + 2] + ids[len(ids) - (n - opening) :]
+        assert own == [False] * opening + [True] * (n + 2 - opening)
+
+
+def test_a_text_around_every_text_is_given_by_flags_too(command, tmp_path):
+    texts = ["birds fly south", "stocks fell"]
+    (tmp_path / "t.txt").write_text("\n".join(texts))
+    flags = ["--input", "t.txt", "--output", "v.npy", "--causal", "--pooling", "last"]
+    around = ["--before", 'This sentence : "', "--after", '" means in one word:"']
+    for how in (["--template", "endoftext", *around], ["--template", "one-word"]):
+        assert command("encode", "--model", TINY, *flags, *how, main=llm2vec.main)[0] == 0
+        model = tiny(6, template=TEMPLATES["one-word"], is_causal=True, pooling="last")
+        np.testing.assert_allclose(np.load(tmp_path / "v.npy"), model.encode(texts), atol=1e-5)
+
+
+def test_several_tokens_after_every_text_go_to_sentence_transformers_with_its_last_one(tmp_path):
+    """Which is the last one for them too; of an average they would leave out too much."""
+    for pooling, there in (("last", True), ("mean", False)):
+        model = tiny(template="one-word", pooling=pooling, is_causal=True)
+        model.save(tmp_path / pooling)
+        assert (tmp_path / pooling / "modules.json").exists() == there
+        again = LLM2Vec.from_pretrained(tmp_path / pooling)
+        assert again.pooling == pooling and again.decoder.config.is_causal
+        np.testing.assert_array_equal(again.encode(["a text", ""]), model.encode(["a text", ""]))
+    pool = json.loads((tmp_path / "last" / "1_Pooling" / "config.json").read_text())
+    assert pool["pooling_mode_lasttoken"] and pool["include_prompt"]
 
 
 def test_what_ends_every_text_ends_it_behind_a_template_too(tmp_path):
