@@ -34,10 +34,9 @@ from torch import Tensor, nn
 import llm2vec
 import lora
 from llm2vec import LLM2Vec, contrastive_loss, mask_tokens, mntp_loss, prompt_prefix
-from llm2vec_data import benchmarks
+from llm2vec_data import benchmarks, compare
 from llm2vec_data.checkpoints import TINY
 from llm2vec_data.commands import add_settings, check_settings, cli, setting
-from llm2vec_data.compare import CONTROLS, baselines, over_seeds, table
 from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks, sentences, training_documents
 from llm2vec_data.disk import write_json
 from llm2vec_data.pairs import PAIRS, read_pairs
@@ -639,18 +638,17 @@ def run_stage(args: argparse.Namespace) -> None:
 
 def run_everything(args: argparse.Namespace) -> None:
     """The stages in order, scored before and after each; by default on the bundled tiny Llama."""
-    output, rows = Path(args.output), {}
-    held_out = benchmarks.held_out_of(args.corpus or WIKIPEDIA)
+    output, held_out = Path(args.output), benchmarks.held_out_of(args.corpus or WIKIPEDIA)
 
-    def score(name: str, model: LLM2Vec, training: float = 0.0) -> None:
+    def score(name: str, model: LLM2Vec, training: float = 0.0, **seed: int) -> None:
         start, which, files = time.monotonic(), ("sts", "masked"), benchmarks.STSB_TEST
         if args.compare:  # the states of words do not depend on how a text is pooled
             plain = type(model) is LLM2Vec and model.pooling == "mean"
             which = benchmarks.BENCHMARKS if plain else ("sts", "articles")
             files = benchmarks.STS_FILES
-        scores = benchmarks.evaluate(model, held_out, which, files)
+        scores = seed | benchmarks.evaluate(model, held_out, which, files)
         scores["seconds"] = training + time.monotonic() - start
-        rows.setdefault(name, []).append(scores)
+        run["rows"].setdefault(name, []).append(scores)
         print(f"{name}: {json.dumps(scores)}", flush=True)
 
     def train(name: str, model: LLM2Vec, stage: str, folder: Path, **changes) -> None:
@@ -659,14 +657,17 @@ def run_everything(args: argparse.Namespace) -> None:
         clear(folder, args.overwrite)
         STAGES[stage].run(model, STAGES[stage].read(settings), settings, folder)
         last_line = (folder / "log.jsonl").read_text().splitlines()[-1]
-        score(name, model, json.loads(last_line)["seconds"])
+        run["settings"].setdefault(folder.name, compare.settings_in(folder))
+        score(name, model, json.loads(last_line)["seconds"], seed=settings.seed)
 
     model = load_for_training(args, is_causal=True)
-    for name, baseline in baselines(model) if args.compare else [("causal", model)]:
+    run = compare.describe("python train.py", model)
+    plain = compare.causal_row(model)
+    for name, baseline in compare.baselines(model) if args.compare else [(plain, model)]:
         score(name, baseline)
     if not args.is_causal:
         model.decoder.config.is_causal = False  # step 1
-        score("bidirectional, untrained", model)
+        score(compare.UNTRAINED, model)
     for seed in args.seeds:
         args.seed, folder = seed, output if seed == args.seeds[0] else output / f"seed-{seed}"
         model = model or load_for_training(args)
@@ -675,13 +676,13 @@ def run_everything(args: argparse.Namespace) -> None:
         if folder == output:
             save_encoder(model, output / "encoder")
         model = baseline = None  # room for another one
-        for name, where, is_causal, pooling in CONTROLS if args.compare else ():
+        for name, is_causal, pooling in compare.CONTROLS if args.compare else ():
             control = load_for_training(args, is_causal=is_causal)
-            train(name, control, "simcse", folder / where, pooling=pooling)
+            where = folder / compare.folder_name(name)
+            train(name, control, "simcse", where, pooling=pooling)
             del control
-    results = rows if len(args.seeds) > 1 else {name: scores for name, [scores] in rows.items()}
-    write_json(output / "results.json", results)
-    print(f"\n{table(over_seeds(rows))}")
+    write_json(output / "results.json", {"runs": [run]})
+    print(f"\n{compare.table(compare.over_seeds(run['rows']))}")
 
 
 def clear(folder: Path, overwrite: bool) -> None:

@@ -1,6 +1,6 @@
 """Scores of an encoder: similar sentences, found articles, topics, words, hidden tokens.
 
-    python -m data.benchmarks --model MODEL [--adapters ...] [--baselines]
+    python -m data.benchmarks --model MODEL [--adapters ...] [--baselines] [--output FILE]
 
     sts               Spearman's rho of cosines against human judgements, by task
     articles          Wikipedia: description to introduction, and topics
@@ -35,7 +35,14 @@ from llm2vec import (
     mask_tokens,
     word_states,
 )
-from llm2vec_data.compare import baselines, table
+from llm2vec_data.compare import (
+    add_results,
+    baselines,
+    check_weights,
+    describe,
+    settings_in,
+    table,
+)
 from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks, read_documents, split_documents
 from llm2vec_data.disk import lines_of
 from llm2vec_data.metrics import entity_f1, ndcg, recall, spearman
@@ -338,8 +345,14 @@ def main() -> None:
     add("--corpus", default=WIKIPEDIA, help="of whose held-out documents tokens are masked")
     add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
     add("--baselines", action="store_true", help="score the baselines of the causal model too")
+    text = "name of the row (default: + and the last adapter's folder, or else the model's folder)"
+    add("--name", help=text)
+    text = "results file to write; in one of the same weights, rows of these names are replaced"
+    add("--output", metavar="FILE", help=text)
     args = parser.parse_args()
-    held_out, name = held_out_of(args.corpus), Path(args.model).name
+    held_out, adapters = held_out_of(args.corpus), [Path(adapter) for adapter in args.adapters]
+    default = f"+ {adapters[-1].name}" if adapters else Path(args.model).name
+    name = args.name or default
     columns = {Path(test).stem: (train, test) for train, test in args.words}
     if len(columns) < len(args.words):
         raise ValueError("--words: two test files of one name, under which their score stands")
@@ -349,13 +362,23 @@ def main() -> None:
         scores = evaluate(encoder, held_out, which, args.sts, columns or COLUMNS)
         return scores | {"seconds": time.monotonic() - start}
 
-    rows = {name: score(load(args, pooling=args.pooling), args.benchmarks)}
+    model = load(args, pooling=args.pooling)
+    if args.output:
+        run = describe("python -m data.benchmarks", model)
+        run["settings"] = {adapter.name: settings_in(adapter) for adapter in adapters}
+        check_weights(args.output, run)  # before the long work
+    rows = {name: score(model, args.benchmarks)}
+    del model
     if args.baselines:
         which = [which for which in args.benchmarks if which in ("sts", "articles")]
         untrained = baselines(load(args, adapters=[], is_causal=True))
         rows = {name: score(baseline, which) for name, baseline in untrained} | rows
     print(table(rows))
     print(json.dumps(rows if args.baselines else rows[name]))
+    if args.output:
+        last = run["settings"][adapters[-1].name] if adapters else {}
+        rows[name] = {key: last[key] for key in ("seed",) if key in last} | rows[name]
+        add_results(args.output, run | {"rows": {name: [row] for name, row in rows.items()}})
 
 
 if __name__ == "__main__":

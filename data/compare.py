@@ -4,15 +4,41 @@ baselines    the encoders that a causal model is without training
 CONTROLS     what SimCSE makes of a model that MNTP did not train, or that looks back only
 over_seeds   scores of several seeds as their mean and range
 table        rows of scores in Markdown
+describe     what a command measured with; add_results and read_results: the file for both
+
+Each row has one name, in code, in results files and in what is printed. A results file holds what
+one command or more measured, all on the same weights:
+
+    {"runs": [{
+        "command": "python train.py --seeds 0 1", "date": "2026-01-31",
+        "processor": "AMD EPYC", "threads": 2, "torch": "2.11.0", "dtype": "float32",
+        "code": "0f3a...",  # the fingerprint of CODE
+        "weights": {"model.safetensors": "5af5..."},  # SHA-256 of the base model's files
+        "settings": {"mntp": {"length": 64, ...}},  # settings.json, by the run folder's name
+        "rows": {"causal, mean": [{"stsb-test": 0.25}],  # the scores of each seed
+                 "+ mntp": [{"seed": 0, "stsb-test": 0.45}, {"seed": 1, "stsb-test": 0.46}]}
+    }]}
 """
 
+import datetime
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+import llm2vec
 from llm2vec import LLM2Vec, pad, pool
-from llm2vec_data.checkpoints import find_checkpoint, load_tokenizer
+from llm2vec_data.checkpoints import find_checkpoint, load_tokenizer, weight_files
+from llm2vec_data.disk import read_json, reading, sha256_of, write_json
+from llm2vec_data.processes import processor
+from llm2vec_data.runs import code_of, digest
+
+CODE = [Path(llm2vec.__file__).with_name(f"{name}.py") for name in ("llm2vec", "lora", "train")]
+Rows = dict[str, list[dict[str, float]]]  # by name: the scores of each seed
 
 # --- Without training --------------------------------------------------------------------------
 
@@ -39,6 +65,16 @@ class InputEmbeddings(LLM2Vec):
         return pool(self.decoder.embed_tokens(ids), "mean", own)
 
 
+POOLED = {"mean": "mean", "weighted_mean": "weighted mean", "last": "last token"}
+POOLED |= {"first": "first token"}  # in the names of rows
+UNTRAINED = "both ways, untrained"
+
+
+def causal_row(model: LLM2Vec) -> str:
+    """The name of the row of a causal model without training: "causal, mean" for one."""
+    return f"causal, {POOLED[model.pooling]}"
+
+
 def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
     """The encoders that a causal model is without training, by name."""
     for name, kind, pooling in (
@@ -59,21 +95,36 @@ def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
 
 # --- Controls and seeds ------------------------------------------------------------------------
 
-CONTROLS = [  # name, run folder, is_causal, pooling
-    ("simcse alone", "simcse-alone", False, "mean"),
-    ("causal + simcse", "simcse-causal", True, "mean"),
-    ("causal + simcse, weighted mean", "simcse-causal-weighted", True, "weighted_mean"),
+CONTROLS = [  # name, is_causal, pooling
+    ("simcse without mntp", False, "mean"),
+    ("simcse on the causal model", True, "mean"),
+    ("simcse on the causal model, weighted mean", True, "weighted_mean"),
 ]
 
 
-def over_seeds(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+def folder_name(row: str) -> str:
+    """The name of the run folder of a control: "simcse-without-mntp" for one."""
+    return row.replace(",", "").replace(" ", "-")
+
+
+def scores_of(seeds: list[dict[str, float]]) -> list[str]:
+    """The names of the scores that every seed of a row has."""
+    return [key for key in seeds[0] if key != "seed" and all(key in one for one in seeds)]
+
+
+def spread(seeds: list[dict[str, float]], score: str) -> tuple[float, float, float]:
+    """Mean, lowest and highest of a score over the seeds of a row."""
+    values = [float(one[score]) for one in seeds]
+    return float(np.mean(values)), min(values), max(values)
+
+
+def over_seeds(rows: Rows) -> dict[str, dict[str, float]]:
     """Scores of one seed as they are; of several their mean, and the range in two more rows."""
-    kinds = {"": np.mean, ", lowest": np.min, ", highest": np.max}
     return {
-        name + kind: {key: float(of([run[key] for run in runs])) for key in runs[0]}
-        for name, runs in rows.items()
-        for kind, of in kinds.items()
-        if len(runs) > 1 or not kind
+        name + kind: {score: spread(seeds, score)[i] for score in scores_of(seeds)}
+        for name, seeds in rows.items()
+        for i, kind in enumerate(("", ", lowest", ", highest"))
+        if len(seeds) > 1 or not kind
     }
 
 
@@ -89,3 +140,79 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         lines.append([name.ljust(widths[0]), *cells])
     cells = ([f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+# --- Results files -----------------------------------------------------------------------------
+
+
+def describe(program: str, model: LLM2Vec) -> dict:
+    """The description of a command that measures: a run of a results file, without rows.
+
+    program: "python train.py" for one, which the command's own flags follow.
+    """
+    files = weight_files(find_checkpoint(model.made_of[0]))
+    return {
+        "command": " ".join([program, shlex.join(sys.argv[1:])]).strip(),
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(model.decoder.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
+        "code": digest(map(code_of, CODE)),
+        "weights": {file.name: sha256_of(file) for file in files},
+        "settings": {},
+        "rows": {},
+    }
+
+
+def settings_in(folder: str | Path) -> dict:
+    """The settings of a run folder; none for any other folder, or a name on the hub."""
+    file = Path(folder) / "settings.json"
+    return read_json(file) if file.exists() else {}
+
+
+def read_runs(file: str | Path) -> list[dict]:
+    """The runs of a results file. Raises ValueError for any other file."""
+    content = read_json(Path(file))
+    with reading(file, "; it is no results file of train.py or data.benchmarks"):
+        runs = [dict(run) for run in content["runs"]]
+        for run in runs:
+            _ = run["command"], run["weights"], run["rows"].values()
+    return runs
+
+
+def read_results(file: str | Path) -> Rows:
+    """The rows of all runs of a results file, in the order in which they were measured."""
+    rows = {}
+    for name, scores in (row for run in read_runs(file) for row in run["rows"].items()):
+        rows.setdefault(name, []).extend(scores)
+    return rows
+
+
+def check_weights(file: str | Path, run: dict) -> list[dict]:
+    """The runs of a results file; none if there is no such file.
+
+    Raises ValueError if they were measured on other weights than `run`.
+    """
+    runs = read_runs(file) if Path(file).exists() else []
+    others = [old["command"] for old in runs if old["weights"] != run["weights"]]
+    if others:
+        what = f"has the scores of other weights, of `{others[0]}`"
+        raise ValueError(f"{file}: {what}; choose another --output")
+    return runs
+
+
+def add_results(file: str | Path, run: dict) -> None:
+    """Add a run to a results file, or start one. Its rows replace those of the same name and seed.
+
+    A row without a seed replaces all of its name. Raises ValueError as `check_weights` does.
+    """
+    runs = check_weights(file, run)
+    for old in runs:
+        for name, scores in run["rows"].items():
+            seeds = [one.get("seed") for one in scores]
+            before = old["rows"].pop(name, [])
+            left = [one for one in before if one.get("seed", seeds[0]) not in seeds]
+            old["rows"] |= {name: left} if left and None not in seeds else {}
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(file), {"runs": [old for old in runs if old["rows"]] + [run]})

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -45,6 +46,15 @@ def read_json(file: Path) -> dict:
         if not isinstance(raw, dict):
             raise ValueError(f"expected a JSON object, got {type(raw).__name__}")
         return raw
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file of any size, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with file.open("rb") as chunks:
+        while chunk := chunks.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def kind_of(file: str | Path) -> str:

@@ -12,7 +12,6 @@ SHA-256 is printed, and checked where it is known.
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import subprocess
@@ -30,7 +29,7 @@ from tokenizers.pre_tokenizers import Digits, Sequence
 
 from llm2vec_data.checkpoints import on_the_hub
 from llm2vec_data.commands import cli
-from llm2vec_data.disk import reading
+from llm2vec_data.disk import reading, sha256_of
 
 MODELS = Path(__file__).parent / "models"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -73,7 +72,7 @@ def from_hub(repo: str, name: str, sha256: str | None = None, **where: str) -> P
 
 def check_sha256(file: Path, name: str, expected: str | None) -> None:
     """Print the SHA-256 of `file`. If another is expected, delete the file and raise ValueError."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = sha256_of(file)
     print(f"{name}: SHA-256 {digest}", file=sys.stderr)
     if expected and digest != expected:
         file.resolve().unlink()  # huggingface_hub's cache holds links

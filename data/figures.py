@@ -27,8 +27,9 @@ from llm2vec import LLM2Vec, pad, tokenize
 from llm2vec_data.benchmarks import held_out_of, mask_id_of
 from llm2vec_data.checkpoints import TINY
 from llm2vec_data.commands import cli
+from llm2vec_data.compare import read_results, scores_of, spread
 from llm2vec_data.corpus import WIKIPEDIA, sentences
-from llm2vec_data.disk import read_json, reading, write_whole
+from llm2vec_data.disk import reading, write_whole
 
 try:
     import matplotlib
@@ -164,13 +165,20 @@ def svg(figure: Figure) -> str:
     return picture.replace("</style>", css + "</style>").replace("'DejaVu Sans', sans-serif", FONTS)
 
 
-def bars(ax: Axes, rows: dict[str, float], x: float, unit: float, best: str, digits: str) -> None:
-    """A bar for each row, from x on and `unit` long for 1; that of `best` is orange."""
-    for k, (name, value) in enumerate(rows.items()):
-        y, width, colour = 12 + 24 * k, max(2, unit * value), ORANGE if name == best else BLUE
+def bars(ax: Axes, rows: dict[str, tuple], x: float, unit: float, best: str, digits: str) -> None:
+    """A bar for each row, from x on and `unit` long for 1; that of `best` is orange.
+
+    rows: mean, lowest and highest score by name; a line goes from the lowest to the highest.
+    """
+    for k, (name, (mean, low, high)) in enumerate(rows.items()):
+        y, width, colour = 12 + 24 * k, max(2, unit * mean), ORANGE if name == best else BLUE
         ax.barh(y, width, 10, left=x, color=colour, ec=colour, lw=4, joinstyle="round")
         ax.text(x - 10, y + 4, name, color=INK, ha="right")
-        ax.text(x + width + 8, y + 4, format(value, digits), color=colour)
+        text = format(mean, digits)
+        if low < high:
+            ax.hlines(y, x + unit * low, x + unit * high, INK, lw=2)
+            text += f" ({low:{digits}} to {high:{digits}})"
+        ax.text(x + max(width, unit * high) + 8, y + 4, text, color=colour)
 
 
 def mask_panel(figure: Figure, place: Place, words: Sequence[str]) -> None:
@@ -202,7 +210,7 @@ def mntp_panel(figure: Figure, place: Place, words: Sequence[str], guessed, untr
     ax.text(x[i], 248, "i", ha="center")
     arrow = {"arrowstyle": "->", "mutation_scale": 18, "color": BLUE, "lw": 2}
     ax.annotate("", (x[i - 1], 84), (x[i - 1], 138), arrowprops=arrow)
-    bars(ax, guessed, 88, 130, HIDDEN, ".0%")
+    bars(ax, {k: (p, p, p) for k, p in guessed.items()}, 88, 130, HIDDEN, ".0%")
     ax.text(0, 268, f"Looking back only, untrained: {HIDDEN} {untrained:.0%}")
 
 
@@ -289,18 +297,14 @@ def draw_curves(args: argparse.Namespace) -> Figure:
 
 
 def draw_bars(args: argparse.Namespace) -> Figure:
-    rows, scores = read_json(Path(args.table)), {}
-    with reading(args.table):
-        for name, runs in rows.items():
-            runs = runs if isinstance(runs, list) else [runs]  # of several seeds
-            if args.score in runs[0]:
-                scores[name] = float(np.mean([run[args.score] for run in runs]))
-        if not scores:
-            raise ValueError(f"no row has the score {args.score}")
-    best, height = max(scores, key=scores.get), 24 * len(scores)
+    rows, score = read_results(args.table), args.score
+    spreads = {n: spread(seeds, score) for n, seeds in rows.items() if score in scores_of(seeds)}
+    if not spreads:
+        raise ValueError(f"{args.table}: no row has the score {score}")
+    best, height = max(spreads, key=spreads.get), 24 * len(spreads)
     figure = new_figure(830, 54 + height)
-    ax = panel(figure, (0, 54, 830, height), args.title or args.score)
-    bars(ax, scores, 200, 560 / max(scores[best], 1e-9), best, ".3f")
+    ax = panel(figure, (0, 54, 830, height), args.title or score)
+    bars(ax, spreads, 290, 380 / max(spreads[best][0], 1e-9), best, ".3f")
     return figure
 
 
@@ -326,7 +330,7 @@ def main() -> None:
     curves.add_argument("--output", help="(default: RUN/curves.svg)")
     table = commands.add_parser("bars", help="a score of each row of a table")
     table.set_defaults(draw=draw_bars)
-    table.add_argument("table", metavar="TABLE", help="results.json, as train.py writes it")
+    table.add_argument("table", metavar="TABLE", help="results file, as train.py writes it")
     table.add_argument("--score", default="stsb-test", help="its name there (default: %(default)s)")
     table.add_argument("--title", help="(default: the name)")
     table.add_argument("--output", default="bars.svg")

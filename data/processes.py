@@ -8,8 +8,11 @@ is the gradient; only what is trained has any, so it is small.
 import contextlib
 import datetime
 import os
+import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,6 +25,15 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def processor(device: str | torch.device) -> str:
+    """The name of the GPU that computes, or else of the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    linux = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", linux.read_text()) if linux.exists() else []
+    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def has_bfloat16(device: str | torch.device) -> bool:

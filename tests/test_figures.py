@@ -180,12 +180,14 @@ def test_curves_are_of_whole_steps_and_in_the_order_of_the_stages(draw, tmp_path
 
 def test_bars_are_as_long_as_scores_are_high(draw, tmp_path):
     table, both = tmp_path / "results.json", [{"sts": 0.3}, {"sts": 0.5}]  # of two seeds
-    rows = {"causal": {"sts": 0.2}, "<both> $x$": both, "no sts": {}, "bad": {"sts": -0.1}}
-    table.write_text(json.dumps(rows))
+    rows = {"causal": [{"sts": 0.2}], "<both> $x$": both, "no sts": [{}], "bad": [{"sts": -0.1}]}
+    run = {"command": "python train.py", "weights": {}, "rows": rows}
+    table.write_text(json.dumps({"runs": [run]}))
     said, drawn = draw("bars", table, "--score", "sts")
-    assert said == ["causal", "0.200", "<both> $x$", "0.400", "bad", "-0.100", "sts"]
+    several = "0.400 (0.300 to 0.500)"
+    assert said == ["causal", "0.200", "<both> $x$", several, "bad", "-0.100", "sts"]
     bars = re.findall(r'd="M (\S+) \S+ \nL (\S+) [^>]*fill: (#\w+); stroke', drawn)
-    assert [float(x1) - float(x) for x, x1, _ in bars] == [280, 560, 2]
+    assert [float(x1) - float(x) for x, x1, _ in bars] == [190, 380, 2]
     assert [colour for _, _, colour in bars] == [figures.BLUE, figures.ORANGE, figures.BLUE]
     with pytest.raises(ValueError, match="results.json: no row has the score sts12"):
         draw("bars", table, "--score", "sts12")

@@ -20,7 +20,7 @@ import llm2vec
 import lora
 import train
 from llm2vec import LLM2Vec, contrastive_loss, pad, pool, tokenize
-from llm2vec_data import benchmarks, figures
+from llm2vec_data import benchmarks, compare, figures
 from llm2vec_data.commands import kind_of
 from llm2vec_data.corpus import sentences
 from train import STAGES, Batches, Settings, Stage, backward_through_encoder
@@ -395,11 +395,12 @@ def test_everything_runs_and_ends_with_the_table(tmp_path):
         return done.stdout
 
     out = shell(f"{sys.executable} {ROOT / 'train.py'} --steps 2 --output run")
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(results) == ["causal", "bidirectional, untrained", "+ mntp", "+ simcse"]
-    for name, scores in results.items():
+    results = compare.read_results(tmp_path / "run" / "results.json")
+    assert list(results) == ["causal, mean", "both ways, untrained", "+ mntp", "+ simcse"]
+    for name, [scores] in results.items():
         assert f"| {name}" in out
-        assert set(scores) == {"stsb-test", "masked tokens", "alignment", "uniformity", "seconds"}
+        measured = {"stsb-test", "masked tokens", "alignment", "uniformity", "seconds"}
+        assert set(scores) == measured | ({"seed"} if "+" in name else set())
         assert 0 < scores["stsb-test"] < 1 and 0 < scores["masked tokens"] < 1
     commands = [line.strip() for line in out.splitlines() if line.startswith("  python ")]
     (tmp_path / "texts.txt").write_text("One.\nTwo.\n")
@@ -455,18 +456,20 @@ def test_controls_and_seeds_are_trained_as_they_are_called(monkeypatch, command)
     assert status == 0, errors
     for seed, folder in ((5, "run"), (8, "run/seed-8")):
         both_ways, causal = (False, "mean", seed), (True, "mean", seed)
-        for name in ("mntp", "simcse", "simcse-alone"):
+        for name in ("mntp", "simcse", "simcse-without-mntp"):
             assert trained.pop(f"{folder}/{name}") == both_ways
-        assert trained.pop(f"{folder}/simcse-causal") == causal
-        assert trained.pop(f"{folder}/simcse-causal-weighted") == (True, "weighted_mean", seed)
+        control = f"{folder}/simcse-on-the-causal-model"
+        assert trained.pop(control) == causal
+        assert trained.pop(f"{control}-weighted-mean") == (True, "weighted_mean", seed)
     assert not trained and len(alive) == 8
     assert Path("run/encoder").exists() and not Path("run/seed-8/encoder").exists()
-    rows = json.loads(Path("run/results.json").read_text())
-    assert [len(runs) for runs in rows.values()] == 7 * [1] + 5 * [2]
-    seconds = [run["seconds"] for run in rows["causal + simcse, weighted mean"]]
-    assert seconds == pytest.approx([5, 8], abs=1)
+    rows = compare.read_results("run/results.json")
+    assert [len(seeds) for seeds in rows.values()] == 8 * [1] + 5 * [2]
+    weighted = rows["simcse on the causal model, weighted mean"]
+    assert [one["seconds"] for one in weighted] == pytest.approx([5, 8], abs=1)
+    assert [one["seed"] for one in weighted] == [5, 8]
     for kind in ("", ", lowest", ", highest"):
-        assert f"| causal + simcse, weighted mean{kind} " in out
+        assert f"| simcse on the causal model, weighted mean{kind} " in out
 
 
 def test_a_causal_run_is_not_taken_for_one_that_looks_both_ways(tmp_path):
