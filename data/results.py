@@ -1,0 +1,151 @@
+"""Put what was measured into the READMEs, so that no number there differs from its file.
+
+    python -m data.results             rewrites the tables and numbers that are marked
+    python -m data.results --check     changes nothing; lists what differs, exit status 1
+
+The files are data/results/NAME.json, in the format of data/compare.py. A mark is a comment, which
+no reader of the page sees. This one says what a table is made of:
+
+    <!-- table {"title": "SmolLM2-135M", "files": ["smollm2"],
+                "columns": {"stsb-test": "STS-B", "STS": "three STS tasks"},
+                "rows": ["causal, mean", "+ simcse"], "range": ["stsb-test"]} -->
+    ... the table ...
+    <!-- end -->
+
+files      names of files; a row is of the first file that has it
+columns    scores, a list, or an object that gives each one its heading
+rows       the same for rows, in this order (default: all); "NAME | ROW" is the row of one file
+range      columns that show the lowest and the highest seed too, beside the mean
+title      heading of the rows
+printed    true: the table as `python train.py` prints it, with all scores, instead of columns
+
+and this one, in a sentence, says what the number after it is; of several seeds it is the mean, or
+else `| lowest` or `| highest`:
+
+    SimCSE ends at <!--= smollm2 | + simcse | stsb-test -->.714.
+"""
+
+import argparse
+import json
+import re
+import sys
+from itertools import zip_longest
+from pathlib import Path
+
+from llm2vec_data.commands import cli
+from llm2vec_data.compare import Rows, over_seeds, read_results, scores_of, spread, table
+from llm2vec_data.disk import write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "data/README.md", "tests/README.md")
+MARK = re.compile(
+    r"<!-- table\s(?P<table>.*?)-->\n(?P<lines>.*?)(?=<!-- end -->)"
+    r"|<!--= (?P<number>[^\n]*?) -->(?P<digits>(?:-?\d*\.?\d+)?)",
+    re.DOTALL,
+)
+KEYS = {"title", "files", "columns", "rows", "range", "printed"}
+
+
+def shown(value: float, score: str) -> str:
+    """A score with three digits and no zero before the point; seconds as a whole number."""
+    return f"{value:.0f}" if score == "seconds" else re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
+
+
+def row_of(files: dict[str, Rows], name: str) -> list[dict[str, float]]:
+    """The scores of each seed of a row: "FILE | ROW", or the first row of that name."""
+    file, _, row = name.rpartition(" | ")
+    found = [rows[row] for key, rows in files.items() if file in ("", key) and row in rows]
+    if not found:
+        known = ", ".join(f"{row!r}" for rows in files.values() for row in rows)
+        raise ValueError(f"{', '.join(files)}: no row {name!r}; there are {known}")
+    return found[0]
+
+
+def make_table(mark: dict, folder: Path) -> str:
+    """The Markdown table that a mark asks for."""
+    if not {"files"} < mark.keys() <= KEYS or ("columns" in mark) == ("printed" in mark):
+        raise ValueError("expected files, columns or printed, and perhaps rows, range, title")
+    files = {name: read_results(folder / f"{name}.json") for name in mark["files"]}
+    names = mark.get("rows") or [row for rows in files.values() for row in rows]
+    names, columns = (
+        each if isinstance(each, dict) else dict(zip(each, each, strict=True))
+        for each in (names, mark.get("columns", {}))
+    )
+    rows, ranges = {names[name]: row_of(files, name) for name in names}, mark.get("range", [])
+    for score in (*columns, *ranges):
+        if not any(score in scores_of(seeds) for seeds in rows.values()):
+            raise ValueError(f"{', '.join(files)}: no row of this table has the score {score!r}")
+
+    def cell(seeds: list[dict[str, float]], score: str) -> str:
+        if score not in scores_of(seeds):
+            return ""
+        mean, low, high = (shown(value, score) for value in spread(seeds, score))
+        return f"{mean} ({low} to {high})" if score in ranges and len(seeds) > 1 else mean
+
+    if mark.get("printed"):
+        return f"```\n{table(over_seeds(rows))}\n```\n"
+    lines = [[mark.get("title", ""), *columns.values()], ["---", *("--:" for _ in columns)]]
+    lines += [[name, *(cell(seeds, score) for score in columns)] for name, seeds in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def make_number(mark: str, folder: Path) -> str:
+    """The number that a mark in a sentence asks for."""
+    kinds, parts = ("mean", "lowest", "highest"), mark.split(" | ")
+    parts += ["mean"] if len(parts) == 3 else []
+    if len(parts) != 4 or parts[3] not in kinds:
+        raise ValueError(f"{mark!r}: expected FILE | ROW | SCORE, perhaps | lowest or | highest")
+    file, row, score, kind = parts
+    seeds = row_of({file: read_results(folder / f"{file}.json")}, row)
+    if score not in scores_of(seeds):
+        raise ValueError(f"{file}: row {row!r} has no score {score!r}")
+    return shown(spread(seeds, score)[kinds.index(kind)], score)
+
+
+def rewrite(page: str, text: str, folder: Path) -> tuple[str, list[str]]:
+    """The text of a page with the numbers of the files in `folder`, and a line for each difference.
+
+    Raises ValueError, which names page and line, for a mark that can't be read.
+    """
+    differences, marks = [], {mark.start() for mark in MARK.finditer(text)}
+    for start in re.finditer(r"<!-- table\s|<!--=", text):
+        if start.start() not in marks:
+            number = text.count("\n", 0, start.start()) + 1
+            raise ValueError(f"{page}, line {number}: a mark without its end, or in another one")
+
+    def replace(mark: re.Match) -> str:
+        part = "lines" if mark["table"] else "digits"
+        first = text.count("\n", 0, mark.start(part)) + 1
+        try:
+            if mark["table"]:
+                new = make_table(json.loads(mark["table"]), folder)
+            else:
+                new = make_number(mark["number"], folder)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{page}, line {first}: {error}") from None
+        lines = mark[part].splitlines(), new.splitlines()
+        for number, (old, right) in enumerate(zip_longest(*lines, fillvalue=""), start=first):
+            if old != right:
+                differences.append(f"{page}, line {number}: {old or 'nothing'}, not {right}")
+        return text[mark.start() : mark.start(part)] + new
+
+    return MARK.sub(replace, text), differences
+
+
+def main() -> None:
+    about = "Rewrite what is marked in the READMEs from data/results/*.json."
+    parser = argparse.ArgumentParser(prog="python -m data.results", description=about)
+    text = "change nothing; list each place that is not what its file says, exit status 1"
+    parser.add_argument("--check", action="store_true", help=text)
+    check = parser.parse_args().check
+    texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    done = {page: rewrite(page, text, ROOT / "data" / "results") for page, text in texts.items()}
+    for page, (text, differences) in done.items():
+        print(*differences, sep="\n", end="\n" if differences else "")
+        if text != texts[page] and not check:
+            write_whole(ROOT / page, text.encode())
+    sys.exit(1 if check and any(differences for _, differences in done.values()) else 0)
+
+
+if __name__ == "__main__":
+    cli(main)

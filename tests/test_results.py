@@ -1,0 +1,153 @@
+"""The numbers of the READMEs are those of the results files, and the files say what made them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DOCUMENTS, ROOT, TINY, spoil
+
+from llm2vec_data import benchmarks, compare, results
+
+SEEDS = [{"seed": 0, "stsb-test": 0.714, "seconds": 60.4}, {"seed": 1, "stsb-test": 0.7086}]
+ROWS = {"causal, mean": [{"stsb-test": -0.25, "POS": 0.9}], "+ simcse": SEEDS}
+PAGE = """Before.
+<!-- table {"title": "Tiny", "files": ["tiny"], "columns": {"stsb-test": "STS-B", "POS": "POS"},
+            "rows": ["+ simcse", "causal, mean"], "range": ["stsb-test"]} -->
+| Tiny | STS-B | POS |
+| --- | --: | --: |
+| + simcse | .711 (.709 to .714) |  |
+| causal, mean | -.250 | .900 |
+<!-- end -->
+It ends at <!--= tiny | + simcse | stsb-test -->.711, at most <!--= tiny | + simcse | stsb-test | highest -->.714.
+"""  # noqa: E501
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A folder with a results file."""
+    run = {"command": "python train.py", "weights": {}, "rows": ROWS}
+    (tmp_path / "tiny.json").write_text(json.dumps({"runs": [run]}))
+    return tmp_path
+
+
+def test_the_readmes_are_what_the_files_say():
+    for page in results.PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert results.rewrite(page, text, ROOT / "data" / "results") == (text, [])
+
+
+def test_a_changed_digit_is_found_and_mended(measured):
+    assert results.rewrite("page", PAGE, measured) == (PAGE, [])
+    for line, old, wrong in (
+        (6, ".709 to", ".708 to"),
+        (9, ".711,", ".710,"),
+        (9, "t -->.711", "t -->"),
+    ):
+        text, differences = results.rewrite("page", PAGE.replace(old, wrong), measured)
+        assert text == PAGE and len(differences) == 1
+        assert differences[0].startswith(f"page, line {line}: ")
+    text, differences = results.rewrite(
+        "page", PAGE.replace("| causal, mean | -.250 | .900 |\n", ""), measured
+    )
+    assert text == PAGE and differences == [
+        "page, line 7: nothing, not | causal, mean | -.250 | .900 |"
+    ]
+
+
+def test_the_table_as_it_is_printed_and_rows_of_one_file(measured):
+    other = {"command": "", "weights": {}, "rows": {"+ simcse": [{"stsb-test": 0.5}]}}
+    (measured / "other.json").write_text(json.dumps({"runs": [other]}))
+    mark = {"files": ["tiny", "other"], "printed": True, "rows": ["+ simcse"]}
+    printed = compare.table(compare.over_seeds({"+ simcse": SEEDS}))
+    assert results.make_table(mark, measured) == f"```\n{printed}\n```\n"
+    mark = {"files": ["tiny", "other"], "columns": ["stsb-test"], "rows": {"other | + simcse": "b"}}
+    assert results.make_table(mark, measured).splitlines()[2:] == ["| b | .500 |"]
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"tiny"', '"none"', "page, line 4: .*none.json: no such file"),
+        (
+            '["+ simcse",',
+            '["+ mntp",',
+            r"line 4: tiny: no row '\+ mntp'; there are 'causal, mean', ",
+        ),
+        ('"POS":', '"NER":', "line 4: tiny: no row of this table has the score 'NER'"),
+        ('"columns"', '"column"', "line 4: expected files, columns or printed"),
+        ('"Tiny",', '"Tiny"', "line 4: Expecting ',' delimiter"),
+        ("<!-- end -->", "", "line 2: a mark without its end"),
+        ("tiny | + simcse | stsb-test -->", "tiny | + simcse -->", "line 9: .*expected FILE"),
+        ("| highest", "| most", "line 9: .*perhaps | lowest or | highest"),
+        ("| stsb-test -->", "| POS -->", r"line 9: tiny: row '\+ simcse' has no score 'POS'"),
+    ],
+)
+def test_a_mark_that_names_nothing_is_told_with_its_line(measured, old, new, message):
+    with pytest.raises(ValueError, match=message):
+        results.rewrite("page", PAGE.replace(old, new, 1), measured)
+
+
+def test_check_lists_and_changes_nothing(measured, monkeypatch, command):
+    monkeypatch.setattr(results, "ROOT", measured)
+    folder = measured / "data" / "results"
+    folder.mkdir(parents=True)
+    (measured / "tests").mkdir()
+    (measured / "tiny.json").rename(folder / "tiny.json")
+    for page in results.PAGES:
+        (measured / page).write_text(PAGE)
+    wrong = PAGE.replace(".711,", ".811,")
+    (measured / "data/README.md").write_text(wrong)
+    status, out, _ = command("--check", main=results.main)
+    assert (status, out) == (1, "data/README.md, line 9: .811, not .711\n")
+    assert (measured / "data/README.md").read_text() == wrong
+    assert command(main=results.main)[0] == 0
+    assert (measured / "data/README.md").read_text() == PAGE
+    assert command("--check", main=results.main)[:2] == (0, "")
+
+
+def test_what_a_command_measured_is_read_back_and_added_to(monkeypatch, command, folder):
+    """Train and score as users do; only the scores are made up."""
+    scores = iter(x / 100 for x in range(100))
+    monkeypatch.setattr(benchmarks, "evaluate", lambda *_: {"STS": next(scores)})
+    monkeypatch.setattr(benchmarks, "held_out_of", lambda _: [])
+    Path("corpus.txt").write_text("\n".join(DOCUMENTS))
+    small = ["--model", TINY, "--dtype", "float32", "--corpus", "corpus.txt"]
+    status, _, errors = command(*small, "--steps", 1, "--stages", "mntp", "--seeds", 3, 4)
+    assert status == 0, errors
+    file = "runs/tiny/results.json"
+    [run] = compare.read_runs(file)
+    whole = (TINY / "model.safetensors").read_bytes()
+    assert run["weights"] == {"model.safetensors": hashlib.sha256(whole).hexdigest()}
+    assert run["command"].startswith("python train.py --model ") and run["dtype"] == "float32"
+    assert run["torch"] == torch.__version__ and run["threads"] == torch.get_num_threads()
+    settings = compare.settings_in("runs/tiny/mntp")
+    assert run["settings"] == {"mntp": settings} and settings["code"] == run["code"]
+    rows = compare.read_results(file)
+    assert list(rows) == ["causal, mean", "both ways, untrained", "+ mntp"]
+    assert [(one["seed"], one["STS"]) for one in rows["+ mntp"]] == [(3, 0.02), (4, 0.03)]
+
+    adapter = ["--adapters", "runs/tiny/seed-4/mntp"]
+    for flags in (adapter, ["--name", "both ways, untrained"], ["--name", "another"]):
+        assert command(*small, *flags, "--output", file, main=benchmarks.main)[0] == 0
+    rows = compare.read_results(file)
+    assert list(rows) == ["causal, mean", "+ mntp", "both ways, untrained", "another"]
+    assert [(one["seed"], one["STS"]) for one in rows["+ mntp"]] == [(3, 0.02), (4, 0.04)]
+    assert [one["STS"] for one in rows["both ways, untrained"]] == [0.05]
+    commands = [run["command"].partition(" --")[0] for run in compare.read_runs(file)]
+    assert commands == ["python train.py", *3 * ["python -m data.benchmarks"]]
+
+    before = Path(file).read_text()
+    status, _, errors = command("--model", folder, "--output", file, main=benchmarks.main)
+    assert status == 2 and f"{file}: has the scores of other weights" in errors
+    assert Path(file).read_text() == before
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"runs": 3}, {"runs": [{"rows": {}}]}, {"causal": {"STS": 1}}]
+)
+def test_another_file_is_refused(measured, content):
+    spoil(measured / "tiny.json", lambda old: old.clear(), **content)
+    with pytest.raises(ValueError, match="tiny.json: .*no results file"):
+        compare.read_results(measured / "tiny.json")
