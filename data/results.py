@@ -20,7 +20,7 @@ title      heading of the rows
 printed    true: the table as `python train.py` prints it, with all scores, instead of columns
 
 and this one, in a sentence, says what the number after it is; of several seeds it is the mean, or
-else `| lowest` or `| highest`:
+else `| lowest` or `| highest` (not in a table, whose cells end at each `|`):
 
     SimCSE ends at <!--= smollm2 | + simcse | stsb-test -->.714.
 """
@@ -71,9 +71,10 @@ def make_table(mark: dict, folder: Path) -> str:
         each if isinstance(each, dict) else dict(zip(each, each, strict=True))
         for each in (names, mark.get("columns", {}))
     )
-    rows, ranges = {names[name]: row_of(files, name) for name in names}, mark.get("range", [])
+    rows = [(heading, row_of(files, name)) for name, heading in names.items()]
+    ranges = mark.get("range", [])
     for score in (*columns, *ranges):
-        if not any(score in scores_of(seeds) for seeds in rows.values()):
+        if not any(score in scores_of(seeds) for _, seeds in rows):
             raise ValueError(f"{', '.join(files)}: no row of this table has the score {score!r}")
 
     def cell(seeds: list[dict[str, float]], score: str) -> str:
@@ -83,9 +84,9 @@ def make_table(mark: dict, folder: Path) -> str:
         return f"{mean} ({low} to {high})" if score in ranges and len(seeds) > 1 else mean
 
     if mark.get("printed"):
-        return f"```\n{table(over_seeds(rows))}\n```\n"
+        return f"```\n{table(over_seeds(dict(rows)))}\n```\n"
     lines = [[mark.get("title", ""), *columns.values()], ["---", *("--:" for _ in columns)]]
-    lines += [[name, *(cell(seeds, score) for score in columns)] for name, seeds in rows.items()]
+    lines += [[name, *(cell(seeds, score) for score in columns)] for name, seeds in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -121,12 +122,13 @@ def rewrite(page: str, text: str, folder: Path) -> tuple[str, list[str]]:
                 new = make_table(json.loads(mark["table"]), folder)
             else:
                 new = make_number(mark["number"], folder)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:
             raise ValueError(f"{page}, line {first}: {error}") from None
         lines = mark[part].splitlines(), new.splitlines()
         for number, (old, right) in enumerate(zip_longest(*lines, fillvalue=""), start=first):
             if old != right:
-                differences.append(f"{page}, line {number}: {old or 'nothing'}, not {right}")
+                what = f"{old or 'nothing'}; its file says {right or 'nothing'}"
+                differences.append(f"{page}, line {number}: {what}")
         return text[mark.start() : mark.start(part)] + new
 
     return MARK.sub(replace, text), differences

@@ -52,7 +52,7 @@ def test_a_changed_digit_is_found_and_mended(measured):
         "page", PAGE.replace("| causal, mean | -.250 | .900 |\n", ""), measured
     )
     assert text == PAGE and differences == [
-        "page, line 7: nothing, not | causal, mean | -.250 | .900 |"
+        "page, line 7: nothing; its file says | causal, mean | -.250 | .900 |"
     ]
 
 
@@ -100,7 +100,7 @@ def test_check_lists_and_changes_nothing(measured, monkeypatch, command):
     wrong = PAGE.replace(".711,", ".811,")
     (measured / "data/README.md").write_text(wrong)
     status, out, _ = command("--check", main=results.main)
-    assert (status, out) == (1, "data/README.md, line 9: .811, not .711\n")
+    assert (status, out) == (1, "data/README.md, line 9: .811; its file says .711\n")
     assert (measured / "data/README.md").read_text() == wrong
     assert command(main=results.main)[0] == 0
     assert (measured / "data/README.md").read_text() == PAGE
