@@ -306,7 +306,7 @@ class Decoder(nn.Module):
         if not self.can_predict:
             raise ValueError("this checkpoint has no lm_head.weight: it can encode, not predict")
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return F.linear(hidden.to(head.weight.dtype), head.weight)
 
     @property
     def can_predict(self) -> bool:

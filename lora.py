@@ -95,25 +95,32 @@ def add_lora(
     Args:
         alpha: over rank, it is the scale; by default twice the rank.
         targets: the ends of the projections' names; by default every linear layer of
-            `model.layers`, as the paper adapts them.
+            `model.layers`, as the paper adapts them. The end of a norm's name, too: a norm has no
+            adapter, and its weight is trained itself; `norm` is the decoder's last one.
 
-    Returns the parameters of the adapters, all that there is to train. Raises ValueError for a
-    target that the model lacks, a rank below 1, or a model that has adapters already.
+    Returns the parameters that there are to train. Raises ValueError for a target that the model
+    lacks, a rank below 1, or a model that has adapters already.
     """
     if adapted(model):
         raise ValueError("the model has adapters already: merge_lora first")
     if rank < 1:
         raise ValueError(f"rank is {rank}, expected 1 or more")
-    found = projections(model)
-    ends = [""] if targets is None else [f".{target}" for target in targets]
-    for end in ends:
-        if not any(name.endswith(end) for name in found):
-            raise ValueError(f"target {end[1:]!r} is not the name of a projection in this model")
-    decoder_of(model).requires_grad_(False)
+    decoder, found = decoder_of(model), projections(model)
+    if targets is not None:
+        found |= {name: m for name, m in decoder.named_modules() if name.endswith("norm")}
+        ends = [f".{target}" for target in targets]
+        for end in ends:
+            if not any(f".{name}".endswith(end) for name in found):
+                what = "is not the name of a projection or a norm in this model"
+                raise ValueError(f"target {end[1:]!r} {what}")
+        found = {name: m for name, m in found.items() if f".{name}".endswith(tuple(ends))}
+    decoder.requires_grad_(False)
     for name, module in found.items():
-        if name.endswith(tuple(ends)):
+        if isinstance(module, nn.Linear):
             adapt(module, rank, (2 * rank if alpha is None else alpha) / rank, dropout)
-    return [p for name, p in model.named_parameters() if "lora_" in name]
+        else:  # the last norm makes vectors, which may be float32 beside coarser weights
+            (module.float() if name == "norm" else module).requires_grad_(True)
+    return [p for p in decoder.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
@@ -132,6 +139,8 @@ def merge_lora(model: nn.Module) -> None:
 
 def remove_lora(model: nn.Module) -> None:
     """Take the adapters off: the model is as it was before `add_lora`, and frozen."""
+    decoder = decoder_of(model)
+    decoder.norm.to(decoder.embed_tokens.weight.dtype)
     for module in adapted(model).values():
         for part in (*PARTS, "scale", "dropout"):
             delattr(module, part)

@@ -67,7 +67,9 @@ class Settings:
     )
     rank: int = setting("rank of the adapters", 16)
     alpha: float | None = setting("over rank, it scales the adapters; default: twice rank", None)
-    targets: list[str] = setting("ends of the names of what is adapted; default: all seven", [])
+    targets: list[str] = setting(
+        "ends of the names of projections to adapt, and of norms to train; default: all seven", []
+    )
     dropout: float = setting("dropout on the input of the adapters", 0.05)
     attention_dropout: float = setting("dropout on the attention weights", 0.0)
     dev: str | None = setting(
