@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from timeit import repeat
@@ -92,12 +93,11 @@ def timed(name: str, size: str, how: str = "", **changes) -> None:
     pace = log[-1]["tokens_per_second"] * ends[-1] / len(log) / seconds  # without the first step
     _, d, ff, layers, heads, kv_heads, D = SHAPES[size][:7]  # forward, and backward to the inputs:
     useful = 4e-12 * pace * layers * d * (2 * heads * D + 2 * kv_heads * D + 3 * ff)
-    fact(f"{what}: seconds a step", seconds)
-    fact(f"{what}: seconds of the first", ends[0])
-    fact(f"{what}: tokens/s", pace)
-    fact(f"{what}: TFLOP/s", useful)
-    fact(f"{what}: share of peak", useful / PEAK)
-    fact(f"{what}: peak GiB", torch.cuda.max_memory_allocated() / 2**30 if GPU else 0)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0
+    found = {"seconds a step": seconds, "seconds of the first": ends[0], "tokens/s": pace}
+    found |= {"TFLOP/s": useful, "share of peak": useful / PEAK, "peak GiB": peak}
+    for key, value in found.items():
+        fact(f"{what}: {key}", value)
     if plain:
         worst = abs(plain[-1]["loss"] - log[-1]["loss"])
         fact(f"{what}: last loss against plain", worst, 2e-2)
@@ -107,16 +107,13 @@ def right() -> None:
     texts = [text[: 20 + 7 * i] for i, text in enumerate(DOCUMENTS[:64])]
     same = {"steps": 3, "batch": 8, "length": 64, "dropout": 0.0, "attention_dropout": 0.0}
     for dtype, near in ((torch.float32, (1e-5, 1e-3)), (torch.bfloat16, (1e-2, 3e-2))):
-
-        def make(device: str = DEVICE, dtype: torch.dtype = dtype) -> LLM2Vec:
-            dtype = torch.float32 if device != DEVICE else dtype
-            return LLM2Vec.from_pretrained(TINY, dtype=dtype, device=device)
-
-        a, b = (torch.from_numpy(make(device).encode(texts)) for device in (DEVICE, "cpu"))
+        make = partial(LLM2Vec.from_pretrained, TINY, dtype=dtype, device=DEVICE)
+        both = (make, partial(make, dtype=torch.float32, device="cpu"))
+        a, b = (torch.from_numpy(load().encode(texts)) for load in both)
         worst = 1 - torch.cosine_similarity(a, b).min().item()
         fact(f"vectors, {dtype}: 1 - cosine with the CPU's", worst, near[0])
         for name in train.STAGES:
-            logs = (stage(name, make(device), **same) for device in (DEVICE, "cpu"))
+            logs = (stage(name, load(), **same) for load in both)
             worst = max(abs(x["loss"] - y["loss"]) for x, y in zip(*logs, strict=True))
             fact(f"{name}, {dtype}: loss against the CPU's", worst, near[1])
     how = {"batch": 4, "length": 64, "save_every": 1, "attention_dropout": 0.1}
@@ -149,15 +146,12 @@ def encoding() -> None:
             fact(f"{size}, {name} {how}: seconds of the first", times[0])
 
 
-BOTH = ("mntp", "simcse")
+BOTH, FEW = ("mntp", "simcse"), {"max_tokens": 512, "recompute": 32}
 STEPS = {
     "right": right,
     "training": lambda: [timed(name, "large") for name in BOTH],
     "encoding": encoding,
-    "nf4": lambda: [
-        timed("mntp", "large", "nf4", **changes)
-        for changes in ({}, {"max_tokens": 512, "recompute": 32})
-    ],
+    "nf4": lambda: [timed("mntp", "large", "nf4", **changes) for changes in ({}, FEW)],
     "small": lambda: [timed(n, "small", how, steps=8) for how in ("", "compiled") for n in BOTH],
     "compiled": lambda: [timed(name, "large", "compiled") for name in BOTH],
 }

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "transformers==5.23.*", "peft==0.21.*", "sentence-transformers==6.2.*",
+#     "transformers==5.23.*", "peft==0.21.*", "sentence-transformers==6.2.*", "pytest",
 #     "torch", "numpy", "safetensors", "tokenizers",
 # ]
 # ///
@@ -31,14 +31,13 @@ import logging
 import math
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from golden.make import PROJECTIONS, fill, read_checkpoint, settle
-from helpers import GOLDEN, INTEROP
+from helpers import GOLDEN, INTEROP, failed, finish, report
 from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
@@ -60,16 +59,13 @@ from llm2vec_data.checkpoints import POOLING_MODES
 BASE = INTEROP / "base"
 CASES = json.loads((INTEROP / "cases.json").read_text(encoding="utf-8"))
 TEXTS, MAX_LENGTH = CASES["texts"], CASES["max_length"]  # one text is longer than that
-failed = []
 
 
 def check(name: str, ours, theirs, atol: float = 1e-5) -> None:
-    """Print the largest difference of two arrays, and remember the name if it is too large."""
+    """Report the largest difference of two arrays."""
     ours, theirs = (torch.as_tensor(x).float() for x in (ours, theirs))
     error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else math.inf
-    if not error <= atol:
-        failed.append(name)
-    print(f"{'ok    ' if error <= atol else 'FAILED'}  {error:.1e}  {name}", flush=True)
+    report(name, error, error <= atol)
 
 
 def our_decoder(folder: Path = BASE, is_causal: bool = False) -> Decoder:
@@ -343,14 +339,13 @@ def main() -> None:
         adapters_in(out, states)
         published(out / "published", states)
         adapters_out(out, states)
-        print(f"{len(failed)} failed" if failed else "all agree")
         if args.write and not failed:
             ids, segments = batch(384)
             states |= {"input_ids": ids, "segments": segments}
             save_file(vectors, out / "vectors.safetensors")
             save_file(states, out / "states.safetensors")
             shutil.copytree(out, INTEROP, dirs_exist_ok=True)
-    sys.exit(1 if failed else 0)
+    finish()
 
 
 if __name__ == "__main__":
