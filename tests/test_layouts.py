@@ -153,8 +153,7 @@ def test_each_of_several_positives_makes_a_pair_with_all_negatives(tmp_path, cap
     titled = {"docid": "7", "title": "Title", "text": "a"}
     row = {"query": "q", "pos": ["a", " ", titled], "neg": ["n"], "prompt": "Find:", "id": 1}
     row |= {"pos_scores": [1, 1, 1], "instructon": "x"}
-    file = write(tmp_path, "a.jsonl", json_lines([row, row]))
-    [pairs] = read_pairs([file])
+    [pairs] = read_pairs([write(tmp_path, "a.jsonl", json_lines([row, row]))])
     assert [p["positive"] for p in pairs] == 2 * ["a", "Title a"]
     assert {(p["query"], *p["negatives"], p["instruction"]) for p in pairs} == {("q", "n", "Find:")}
     said = capsys.readouterr().err
@@ -163,15 +162,14 @@ def test_each_of_several_positives_makes_a_pair_with_all_negatives(tmp_path, cap
 
 
 def test_blanks_are_left_out_and_counted(tmp_path, capsys):
-    row = {"query": "q", "positive": "p"}
     changes = [{}, {"query": "", "positive": ""}, {"query": "  "}, {"positive": ""}]
     changes += [{"positive": []}]
     changes += [{"negative": x} for x in (["", ""], [], None, "", ["n", " "])]
-    file = write(tmp_path, "a.jsonl", json_lines([row | change for change in changes]))
-    assert [p["negatives"] for p in read_pairs([file])[0]] == [[], [], [], [], [], ["n"]]
+    rows = [{"query": "q", "positive": "p"} | change for change in changes]
+    [pairs] = read_pairs([write(tmp_path, "a.jsonl", json_lines(rows))])
+    assert [p["negatives"] for p in pairs] == [[], [], [], [], [], ["n"]]
     said = capsys.readouterr().err
-    assert "6 pairs, 1 negatives" in said
-    for words in ("4 pairs without a query or a positive, the first of them line 2", "line 6"):
+    for words in ("6 pairs, 1 negatives", "left out 4 pairs", "line 2", "4 blank", "line 6"):
         assert words in said
 
 
