@@ -2,24 +2,27 @@
 
     PYTHONUNBUFFERED=1 python tests/gpu_check.py [STEP ...]
 
-Each fact is printed as soon as it is known; tests/README.md has those of an H100 and an H200. A
-step that fails, or finds a difference above its limit, says so, and the next one runs. `LARGE` is
-Mistral-7B's shape and `SMALL` SmolLM2-135M's, with random weights. Without a GPU small layers take
-their place: a dry run, whose speeds mean nothing.
+Each fact is printed as soon as it is known, and where the environment variable OUT names a folder,
+added to facts.jsonl in it; tests/README.md has those of an H100 and an H200. A step that fails, or
+finds a difference above its limit, says so, and the next one runs. `large` is Mistral-7B's shape
+and `small` SmolLM2-135M's, with random weights. Without a GPU small layers and few texts take
+their place, traced where they would be compiled: a dry run, whose speeds mean nothing.
 """
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from timeit import repeat
 
-import checkout  # noqa: F401, I001 (and train before torch: it chooses how torch allocates memory)
+import checkout  # noqa: F401
 import torch
 from safetensors.torch import load_file
 
@@ -33,28 +36,37 @@ from lora import add_lora, quantize_nf4
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-LARGE = (32000, 4096, 14336, 32, 32, 8, 128, "mistral") if GPU else (6252, 64, 128, 2, 4, 2, 16)
-SMALL = (49152, 576, 1536, 30, 9, 3, 64) if GPU else (6252, 64, 128, 1, 4, 2, 16)
-DRY = {} if GPU else {"length": 32, "batch": 4, "max_tokens": 64}
-HOW, FEW = ("", "compiled"), {"max_tokens": 512, "recompute": 32}
-DOCUMENTS = read_documents(WIKIPEDIA)
+SHAPES = {"large": (32000, 4096, 14336, 32, 32, 8, 128, "mistral")}
+SHAPES["small"] = (49152, 576, 1536, 30, 9, 3, 64)
+DRY, DOCUMENTS = {}, read_documents(WIKIPEDIA)
+if not GPU:
+    SHAPES = {"large": (6252, 64, 128, 2, 4, 2, 16), "small": (6252, 64, 128, 1, 4, 2, 16)}
+    DRY, DOCUMENTS = {"length": 32, "batch": 4, "max_tokens": 64}, DOCUMENTS[:200]
+    compiler = torch.compile
+    torch.compile = lambda f, dynamic, options: compiler(f, dynamic=dynamic, backend="eager")
+TEXTS = {"64 x 512 tokens": [" ".join(DOCUMENTS[12 * i :][:12]) for i in range(64 if GPU else 4)]}
+TEXTS["STS-B sentences"] = list(dict.fromkeys(read_sts(STSB_TEST)[1]))[: 1000 if GPU else 20]
 
 
-def fact(name: str, value: object, most: float | None = None) -> None:
-    """Print what was found; above `most` it counts as a failure."""
-    value = f"{value:.4g}" if isinstance(value, float) else value
+def fact(name: str, value: float | str, most: float | None = None) -> None:
+    """Print what was found, and keep it in $OUT; above `most` it counts as a failure."""
+    shown = value if isinstance(value, str) else f"{value:,.6g}"
     limit = "" if most is None else f"   at most {most:g}"
-    print(f"{STEP:9} {name:50} {value!s:>12}{limit}", flush=True)
-    if most is not None and not float(value) <= most:
+    print(f"{STEP:9} {name:50} {shown:>12}{limit}", flush=True)
+    if "OUT" in os.environ:
+        with (Path(os.environ["OUT"]) / "facts.jsonl").open("a") as file:
+            line = {"step": STEP, "fact": name, "value": value, "at_most": most}
+            file.write(json.dumps(line) + "\n")
+    if most is not None and not value <= most:
         failed.append(f"{STEP}, {name}")
 
 
-def encoder(shape: tuple, how: str = "") -> LLM2Vec:
+def encoder(size: str, how: str = "") -> LLM2Vec:
     """Random weights in bfloat16, the same ones each time, with the tiny model's tokenizer."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
-        decoder = Decoder(Config(*shape, is_causal=False)).requires_grad_(False)
+        decoder = Decoder(Config(*SHAPES[size], is_causal=False)).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     {"": id, "compiled": compile_layers, "nf4": lambda d: quantize_nf4(d, DEVICE)}[how](decoder)
     return LLM2Vec(decoder, load_tokenizer(TINY))
@@ -67,46 +79,45 @@ def stage(name: str, model: LLM2Vec, folder: str | None = None, **changes) -> li
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(folder or scratch)
         train.STAGES[name].run(model, data, settings, folder)
-        return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (folder / "log.jsonl").open()]
 
 
-def timed(name: str, shape: tuple, how: str = "", **changes) -> None:
+def timed(name: str, size: str, how: str = "", **changes) -> None:
     """Seconds of a step, the first one apart; what it computes; memory; and compiled losses."""
-    plain = stage(name, encoder(shape), **changes) if how == "compiled" else ()
+    what = f"{size} {name} {how} {changes.get('max_tokens', '')}"
+    plain = stage(name, encoder(size), **changes) if how == "compiled" else None
     torch.cuda.reset_peak_memory_stats() if GPU else None
-    log = stage(name, encoder(shape, how), **changes)
+    log = stage(name, encoder(size, how), **changes)
     ends = [line["seconds"] for line in log]
-    steps = median(b - a for a, b in zip(ends, ends[1:], strict=False))
-    pace = log[-1]["tokens_per_second"] * ends[-1] / len(log) / steps  # without the first step
-    _, d, ff, layers, heads, kv_heads, D = shape[:7]  # forward, and backward to the inputs:
+    seconds = median(b - a for a, b in zip(ends, ends[1:], strict=False))
+    pace = log[-1]["tokens_per_second"] * ends[-1] / len(log) / seconds  # without the first step
+    _, d, ff, layers, heads, kv_heads, D = SHAPES[size][:7]  # forward, and backward to the inputs:
     useful = 4e-12 * pace * layers * d * (2 * heads * D + 2 * kv_heads * D + 3 * ff)
-    what = f"{'small' if shape is SMALL else 'large'} {name} {how} {changes.get('max_tokens', '')}"
-    fact(f"{what}: seconds a step; the first", f"{steps:.3g}; {ends[0]:.3g}")
     peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0
-    fact(f"{what}: TFLOP/s; its share of peak", f"{useful:.0f}; {useful / PEAK:.2f}")
-    fact(f"{what}: tokens/s; peak GiB", f"{pace:,.0f}; {peak:.1f}")
+    found = {"seconds a step": seconds, "seconds of the first": ends[0], "tokens/s": pace}
+    found |= {"TFLOP/s": useful, "share of peak": useful / PEAK, "peak GiB": peak}
+    for key, value in found.items():
+        fact(f"{what}: {key}", value)
     if plain:
         worst = abs(plain[-1]["loss"] - log[-1]["loss"])
         fact(f"{what}: last loss against plain", worst, 2e-2)
 
 
 def right() -> None:
-    texts = [text[: 20 + 7 * i] for i, text in enumerate(DOCUMENTS[:64])]
-    same = {"steps": 3, "batch": 8, "length": 64, "dropout": 0.0, "attention_dropout": 0.0}
+    texts = [text[: 20 + 7 * i] for i, text in enumerate(DOCUMENTS[: 64 if GPU else 16])]
+    same = {"steps": 3, "batch": 8, "length": 64} | DRY
+    same |= {"dropout": 0.0, "attention_dropout": 0.0}
     for dtype, near in ((torch.float32, (1e-5, 1e-3)), (torch.bfloat16, (1e-2, 3e-2))):
-
-        def make(device: str = DEVICE, dtype: torch.dtype = dtype) -> LLM2Vec:
-            dtype = torch.float32 if device != DEVICE else dtype
-            return LLM2Vec.from_pretrained(TINY, dtype=dtype, device=device)
-
-        a, b = (torch.from_numpy(make(device).encode(texts)) for device in (DEVICE, "cpu"))
+        make = partial(LLM2Vec.from_pretrained, TINY, dtype=dtype, device=DEVICE)
+        both = (make, partial(make, dtype=torch.float32, device="cpu"))
+        a, b = (torch.from_numpy(load().encode(texts)) for load in both)
         worst = 1 - torch.cosine_similarity(a, b).min().item()
         fact(f"vectors, {dtype}: 1 - cosine with the CPU's", worst, near[0])
         for name in train.STAGES:
-            logs = (stage(name, make(device), **same) for device in (DEVICE, "cpu"))
+            logs = (stage(name, load(), **same) for load in both)
             worst = max(abs(x["loss"] - y["loss"]) for x, y in zip(*logs, strict=True))
             fact(f"{name}, {dtype}: loss against the CPU's", worst, near[1])
-    how = {"batch": 4, "length": 64, "save_every": 1, "attention_dropout": 0.1}
+    how = {"batch": 4, "length": 64} | DRY | {"save_every": 1, "attention_dropout": 0.1}
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as stopped:
         stage("mntp", make(), whole, **how)
         model, calls = make(), iter((0, 0, 1))
@@ -127,24 +138,23 @@ def right() -> None:
 
 
 def encoding() -> None:
-    jobs = {"64 x 512 tokens": [" ".join(DOCUMENTS[12 * i :][:12]) for i in range(64)]}
-    jobs["1,000 STS-B sentences"] = list(dict.fromkeys(read_sts(STSB_TEST)[1]))[:1000]
-    for shape, how in ((LARGE, ""), (LARGE, "compiled"), (SMALL, ""), (SMALL, "compiled")):
-        model = encoder(shape, how)
-        for name, texts in jobs.items():
+    for size, how in ((size, how) for size in SHAPES for how in ("", "compiled")):
+        model = encoder(size, how)
+        for name, texts in TEXTS.items():
             tokens = sum(len(ids) for ids, _ in tokenize(model.tokenizer, texts, 512))
             times = repeat(lambda m=model, t=texts: m.encode(t), number=1, repeat=4)
-            what = f"{'small' if shape is SMALL else 'large'}, {name} {how}"
-            fact(f"{what}: tokens/s; first", f"{tokens / median(times[1:]):,.0f}; {times[0]:.1f} s")
+            fact(f"{size}, {name} {how}: tokens/s", tokens / median(times[1:]))
+            fact(f"{size}, {name} {how}: seconds of the first", times[0])
 
 
+BOTH, FEW = ("mntp", "simcse"), {"max_tokens": 512, "recompute": 32}
 STEPS = {
     "right": right,
-    "training": lambda: [timed(name, LARGE) for name in ("mntp", "simcse")],
+    "training": lambda: [timed(name, "large") for name in BOTH],
     "encoding": encoding,
-    "nf4": lambda: [timed("mntp", LARGE, "nf4", **changes) for changes in ({}, FEW)],
-    "small": lambda: [timed(n, SMALL, h, steps=8) for h in HOW for n in ("mntp", "simcse")],
-    "compiled": lambda: [timed(name, LARGE, "compiled") for name in ("mntp", "simcse")],
+    "nf4": lambda: [timed("mntp", "large", "nf4", **changes) for changes in ({}, FEW)],
+    "small": lambda: [timed(n, "small", how, steps=8) for how in ("", "compiled") for n in BOTH],
+    "compiled": lambda: [timed(name, "large", "compiled") for name in BOTH],
 }
 STEP, failed = "machine", []
 fact("device", torch.cuda.get_device_name() if GPU else "CPU, a dry run")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import checkout
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -103,3 +104,25 @@ def python(*args: object, **how) -> subprocess.CompletedProcess:
     """Run Python in the project's folder, or elsewhere: what it prints is kept."""
     how = {"cwd": ROOT, "capture_output": True, "text": True} | how
     return subprocess.run([sys.executable, *map(str, args)], **how)
+
+
+def refused(said: str, call: Callable, *args, **how) -> None:
+    """A call ends in one line that matches `said`."""
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
+        call(*args, **how)
+    assert "\n" not in str(error.value)
+
+
+failed = []  # checks of a script that compares with other libraries, live
+
+
+def report(name: str, value: float, holds: bool) -> None:
+    """Print a number, and remember the name if it is not as it should be."""
+    if not holds:
+        failed.append(name)
+    print(f"{'ok    ' if holds else 'FAILED'}  {value:.7g}  {name}", flush=True)
+
+
+def finish() -> None:
+    print(f"{len(failed)} failed" if failed else "all agree")
+    sys.exit(bool(failed))

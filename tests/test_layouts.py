@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import refused
 
 import llm2vec_data.encode as files
 from llm2vec_data.corpus import read_documents
@@ -69,7 +70,7 @@ def test_strings_are_records_too(tmp_path):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.csv", "sent0,sent1\na,b\n", "a.csv, line 2: .*`text`; it has sent0, sent1"),
+        ("a.csv", "sent0,sent1\na,b\n", "a.csv, line 2: .*sent0, sent1"),
         ("a.csv", "text\nHello, world\n", "a.csv, line 2: 2 columns, where the header names 1"),
         ("a.csv", "text,text\na,b\n", "a.csv, line 1: 2 columns, where the header names 1"),
         ("a.tsv", 'id\ttext\n1\t"a\n2\tb\n', "a.tsv, line 3: unexpected end"),
@@ -89,10 +90,8 @@ def test_strings_are_records_too(tmp_path):
 )
 def test_what_is_no_text_is_refused_by_name(name, content, said, tmp_path):
     file = tmp_path / name if content is None else write(tmp_path, name, content)
-    for read in (read_documents, lambda f: list(read_records(str(f)))):
-        with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
-            read(file)
-        assert "\n" not in str(error.value)
+    refused(said, read_documents, file)
+    refused(said, lambda: list(read_records(str(file))))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a"])
@@ -125,8 +124,8 @@ def passages(texts: list[str]) -> list[dict]:
 LAYOUTS = {  # what makes a row of a query, a positive and two negatives
     "ours": lambda q, p, n: {"query": q, "positive": p, "negative": n},
     "plural": lambda q, p, n: {"query": q, "positive": [p], "negatives": n, "instruction": None},
-    "sentence-transformers": lambda q, p, n: (
-        {"anchor": q, "positive": p, "negative_1": n[0], "negative_2": n[1], "label": 1}
+    "sentence-transformers": lambda q, p, n: dict(
+        anchor=q, positive=p, negative_1=n[0], negative_2=n[1], label=1
     ),
     "FlagEmbedding": lambda q, p, n: {"query": q, "pos": [p], "neg": n, "prompt": ""},
     "Tevatron": lambda q, p, n: (
@@ -154,34 +153,24 @@ def test_each_of_several_positives_makes_a_pair_with_all_negatives(tmp_path, cap
     titled = {"docid": "7", "title": "Title", "text": "a"}
     row = {"query": "q", "pos": ["a", " ", titled], "neg": ["n"], "prompt": "Find:", "id": 1}
     row |= {"pos_scores": [1, 1, 1], "instructon": "x"}
-    file = write(tmp_path, "a.jsonl", json_lines([row, row]))
-    [pairs] = read_pairs([file])
+    [pairs] = read_pairs([write(tmp_path, "a.jsonl", json_lines([row, row]))])
     assert [p["positive"] for p in pairs] == 2 * ["a", "Title a"]
     assert {(p["query"], *p["negatives"], p["instruction"]) for p in pairs} == {("q", "n", "Find:")}
-    assert capsys.readouterr().err.splitlines() == [
-        f"{file}: 4 pairs, 4 negatives, 4 with an instruction",
-        f"{file}: fields that are not read: id, pos_scores, instructon",
-        f"{file}: left out 2 pairs without a query or a positive, the first of them line 1",
-    ]
+    said = capsys.readouterr().err
+    for words in ("4 pairs, 4 negatives, 4 with", "id, pos_scores, instructon", "left out 2 pairs"):
+        assert words in said
 
 
 def test_blanks_are_left_out_and_counted(tmp_path, capsys):
-    row = {"query": "q", "positive": "p"}
-    changes = [
-        {},
-        {"query": "", "positive": ""},
-        {"query": "  "},
-        {"positive": ""},
-        {"positive": []},
-    ]
+    changes = [{}, {"query": "", "positive": ""}, {"query": "  "}, {"positive": ""}]
+    changes += [{"positive": []}]
     changes += [{"negative": x} for x in (["", ""], [], None, "", ["n", " "])]
-    file = write(tmp_path, "a.jsonl", json_lines([row | change for change in changes]))
-    assert [p["negatives"] for p in read_pairs([file])[0]] == [[], [], [], [], [], ["n"]]
-    assert capsys.readouterr().err.splitlines() == [
-        f"{file}: 6 pairs, 1 negatives, 0 with an instruction",
-        f"{file}: left out 4 pairs without a query or a positive, the first of them line 2",
-        f"{file}: left out 4 blank negatives, the first of them line 6",
-    ]
+    rows = [{"query": "q", "positive": "p"} | change for change in changes]
+    [pairs] = read_pairs([write(tmp_path, "a.jsonl", json_lines(rows))])
+    assert [p["negatives"] for p in pairs] == [[], [], [], [], [], ["n"]]
+    said = capsys.readouterr().err
+    for words in ("6 pairs, 1 negatives", "left out 4 pairs", "line 2", "4 blank", "line 6"):
+        assert words in said
 
 
 @pytest.mark.parametrize(
@@ -202,11 +191,9 @@ def test_blanks_are_left_out_and_counted(tmp_path, capsys):
 def test_a_row_that_is_no_pair_is_named(row, said, tmp_path):
     good = {"query": "q", "positive": "p"}
     file = write(tmp_path, "a.jsonl", json_lines([good, good | row]))
-    with pytest.raises(ValueError, match=f"a.jsonl, line 2: .*{said}"):
-        read_pairs([file])
+    refused(f"a.jsonl, line 2: .*{said}", read_pairs, [file])
 
 
 def test_lists_in_a_table_are_named(tmp_path):
     file = write(tmp_path, "a.csv", "query,pos\nq,\"['p', 'x']\"\n")
-    with pytest.raises(ValueError, match="a.csv, line 2: .*write such pairs as JSON lines"):
-        read_pairs([file])
+    refused("a.csv, line 2: .*JSON lines", read_pairs, [file])

@@ -19,6 +19,8 @@ import llm2vec
 import train
 from llm2vec import LLM2Vec
 from llm2vec_data import encode as files
+from llm2vec_data.corpus import WIKIPEDIA, read_documents
+from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -28,7 +30,8 @@ def go(folder: Path, stage: str, steps: int, max_tokens: int, batch: int) -> Non
     """A stage without dropout, whose random numbers differ with the number of processes."""
     how = {"steps": steps, "max_tokens": max_tokens, "batch": batch, "length": 24, "lr": 1e-4}
     how |= {"dropout": 0.0, "attention_dropout": 0.0, "save_every": 5, "warm_up": 10}
-    helpers.go(stage, folder, **how)
+    data = read_pairs([PAIRS]) if stage == "supervised" else read_documents(WIKIPEDIA)[:150]
+    helpers.go(stage, folder, None, data, **how)
 
 
 # Shares are unequal, or the second process has none; in one pass, or in parts of 60 tokens.

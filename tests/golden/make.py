@@ -14,6 +14,7 @@ scaling or the direction of its attention makes a difference at this length.
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -33,28 +34,15 @@ from transformers import (
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
-SHAPE = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-2,  # large enough to make a difference
-)
+SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+SHAPE |= dict(rms_norm_eps=1e-2)  # large enough to make a difference
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}
-DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}  # idle in short texts
+DYNAMIC = LINEAR | {"rope_type": "dynamic"}  # idle in short texts
 # With heads of width 8 and this theta, llama3 scaling keeps the first wavelength, mixes the second,
 # and stretches the others.
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "rope_theta": 100.0,
-}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 100.0}
 WINDOW = 5
 PAD, MASK = 0, 63  # token ids; padding is told from text by the attention mask alone
 LENGTHS = (24, 17)  # tokens of the two texts of the padded batches
@@ -115,12 +103,11 @@ def write_checkpoints() -> list[Path]:
 def make_older(file: Path) -> None:
     """Write a config.json as transformers 4 did in the days of Llama 2."""
     config = json.loads(file.read_text())
-    rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope["rope_theta"]
+    rope, dtype = config.pop("rope_parameters"), config.pop("dtype")
+    config |= {"rope_theta": rope["rope_theta"], "torch_dtype": dtype}
     config["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
-    config["torch_dtype"] = config.pop("dtype")
-    del config["head_dim"]
     config["transformers_version"] = "4.31.0"
+    del config["head_dim"]
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -225,31 +212,33 @@ def expect_mntp(folder: Path, ids: Tensor, segments: Tensor, seed: int) -> dict[
 # --- Adapters ----------------------------------------------------------------------------------
 
 
-def write_adapter(base: Path, seed: int, **options) -> Path:
-    """An adapter as PEFT saves it, none of whose matrices is zero."""
-    folder = fresh_folder(f"{base.name}-adapter")
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        lora_dropout=0.0,
-        target_modules=PROJECTIONS,
-        task_type="FEATURE_EXTRACTION",
-        **options,
-    )
-    model = get_peft_model(read_checkpoint(base, False), config)
+def fill(named: Iterable[tuple[str, Tensor]], seed: int) -> None:
+    """Draw the matrices of an adapter, none of which is zero then: it makes a difference."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in named:
             if "lora_" in name:
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-    model.save_pretrained(folder)
+
+
+def settle(folder: Path, base: str, indent: int) -> None:
+    """Leave out of an adapter's folder what depends on where and when it was written."""
     (folder / "README.md").unlink(missing_ok=True)
-    # PEFT writes its set of targets in any order, and the path of the base model.
     file = folder / "adapter_config.json"
-    saved = json.loads(file.read_text())
-    saved["target_modules"] = sorted(saved["target_modules"])
-    saved["base_model_name_or_path"] = base.name
-    file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": base}
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # PEFT writes its set in any order
+    file.write_text(json.dumps(config, indent=indent, sort_keys=True) + "\n")
+
+
+def write_adapter(base: Path, seed: int, **options) -> Path:
+    folder = fresh_folder(f"{base.name}-adapter")
+    options |= {"target_modules": PROJECTIONS, "task_type": "FEATURE_EXTRACTION"}
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **options)
+    model = get_peft_model(read_checkpoint(base, False), config)
+    fill(model.named_parameters(), seed)
+    model.save_pretrained(folder)
+    settle(folder, base.name, indent=2)
     return folder
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import random
 import warnings
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,6 @@ def number(x: float) -> float | None:
     return None if math.isnan(x) else float(x)
 
 
-def rounded(x: np.ndarray) -> list:
-    return np.round(x, 3).tolist()
-
-
 cases: dict[str, list] = {"spearman": [], "ndcg": [], "entity_f1": []}
 
 sides = [(rng.normal(size=n), rng.normal(size=n)) for n in (2, 3, 10, 60)]
@@ -41,22 +38,20 @@ sides += [(rng.integers(0, k, 30), rng.integers(0, k, 30)) for k in (2, 3, 8)]  
 sides += [(np.arange(9), np.arange(9)[::-1]), (np.ones(5), np.arange(5)), (np.ones(4), np.ones(4))]
 sides += [(np.r_[1e300, -1e300, 0, 1], np.r_[1, 2, 3, 4])]
 for a, b in sides:
-    a, b = rounded(a), rounded(b)
+    a, b = (np.round(side, 3).tolist() for side in (a, b))
     cases["spearman"].append({"a": a, "b": b, "score": number(spearmanr(a, b).statistic)})
 
-for queries, candidates, k in ((1, 2, 1), (1, 5, 10), (4, 12, 10), (6, 30, 10), (3, 9, 3)):
-    for ties in (False, True):
-        for graded in (False, True):
-            relevance = rng.integers(0, 4 if graded else 2, (queries, candidates))
-            scores = rng.normal(size=(queries, candidates))
-            scores = np.round(scores) if ties else np.round(scores, 3)
-            if queries > 3:
-                relevance[0] = 0  # nothing to find
-                relevance[1] = 1  # nothing but right
-                scores[2] = 0.5  # all alike
-            score = ndcg_score(relevance, scores, k=k)
-            case = {"relevance": relevance.tolist(), "scores": scores.tolist(), "k": k}
-            cases["ndcg"].append(case | {"score": number(score)})
+shapes = (1, 2, 1), (1, 5, 10), (4, 12, 10), (6, 30, 10), (3, 9, 3)
+for (queries, candidates, k), ties, graded in product(shapes, (False, True), (False, True)):
+    relevance = rng.integers(0, 4 if graded else 2, (queries, candidates))
+    scores = rng.normal(size=(queries, candidates)).round(0 if ties else 3)
+    if queries > 3:
+        relevance[0] = 0  # nothing to find
+        relevance[1] = 1  # nothing but right
+        scores[2] = 0.5  # all alike
+    score = number(ndcg_score(relevance, scores, k=k))
+    case = {"relevance": relevance.tolist(), "scores": scores.tolist(), "k": k, "score": score}
+    cases["ndcg"].append(case)
 
 KINDS = ["PER", "LOC", "creative-work"]
 
