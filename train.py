@@ -557,7 +557,11 @@ class Stage(NamedTuple):
 # `laptop` is for SmolLM2-135M on two cores, and was chosen on STS-B dev. At a scale of 20 the loss
 # of SimCSE is nothing within ten steps; at 10 there is something to learn for longer. `gpu` is for
 # the same model and seven minutes of an H200, with the paper's steps and batches of MNTP.
+# `one-word` is for a causal instruct model with the template one-word-example. It trains the last
+# norm alone, a number for each dimension: the few dimensions in which all answers are alike then
+# count for less. Adapters at the rates above lose what the prompt knows.
 SMOLLM2 = {"attention_dropout": 0.3, "dropout": 0.0, "scale": 10.0}
+ONE_WORD = {"pooling": "last", "targets": ["norm"], "attention_dropout": 0.1, "dropout": 0.0}
 STAGES = {
     "mntp": Stage(
         mntp,
@@ -580,6 +584,7 @@ STAGES = {
             "tiny": SimCSESettings(24, 64, 40, lr=5e-3, warm_up=0.25, attention_dropout=0.6),
             "laptop": SimCSESettings(32, 32, 80, lr=1e-3, warm_up=0.1, **SMOLLM2),
             "gpu": SimCSESettings(64, 128, 400, lr=5e-4, warm_up=0.1, max_tokens=32768, **SMOLLM2),
+            "one-word": SimCSESettings(80, 32, 50, lr=0.1, warm_up=0.1, **ONE_WORD),
         },
     ),
     "supervised": Stage(
