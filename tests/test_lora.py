@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import small_decoder, spoil
+from helpers import go, small_decoder, spoil, tiny
 from safetensors.torch import load_file, save_file
 
+from llm2vec import LLM2Vec
 from lora import adapted, add_lora, kept, load_adapter, merge_lora, save_adapter
 
 IDS = torch.arange(12).view(2, 6)
@@ -154,3 +155,32 @@ def test_a_broken_adapter_is_named_and_changes_no_model(change, said, tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
         load_adapter(decoder, tmp_path)
+
+
+# --- Norms -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_is_a_target_is_trained_itself_and_nothing_else(dtype, tmp_path):
+    """And read back from a run folder, exported and pooled as it was trained."""
+    base, texts = tiny(dtype=dtype, is_causal=True), ["birds fly south", "a stone"]
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    model = go("simcse", tmp_path / "run", base, targets=["norm"], pooling="last", lr=0.1)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"decoder.norm.weight"}
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    again = tiny(adapters=tmp_path / "run", dtype=dtype)
+    model.save(tmp_path / "encoder")
+    exported = LLM2Vec.from_pretrained(tmp_path / "encoder", dtype=dtype)
+    for other in (again, exported):
+        assert (other.pooling, other.decoder.config.is_causal) == ("last", True)
+        assert (other.encode(texts) == model.encode(texts)).all()
+
+
+def test_norms_and_projections_are_targets_together():
+    decoder = small_decoder(qk_norm=True).float()
+    parameters = add_lora(decoder, targets=["q_norm", "norm", "v_proj"])
+    named = [name for name, p in decoder.named_parameters() if p.requires_grad]
+    ends = {"norm.weight", "q_norm.weight", "lora_A.weight", "lora_B.weight"}
+    assert all(name.endswith(tuple(ends)) for name in named) and len(parameters) == len(named) == 7
