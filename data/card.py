@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from llm2vec_data.checkpoints import tokens_around
+
 CARD = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -22,6 +24,7 @@ A text encoder made from a decoder-only language model by the method of LLM2Vec
 | made of | {made_of} |
 | attention | {direction} |
 | a text's vector | {pooling} |
+| around every text | {around} |
 | longest text | {length} tokens |
 | prompts | {prompts} |
 | type of the weights | {dtype} |
@@ -53,12 +56,16 @@ def model_card(encoder, name: str, for_all: bool) -> str:
     older = "Older versions read it as a causal model, without a word, and give other vectors.\n"
     rounding = "The cosines of vectors in bfloat16 with those in float32 are near 1, for short\n"
     rounding += "texts less so: compute in float32 where that counts.\n"
+    ids = tokens_around(encoder.tokenizer)
+    before, after = (encoder.tokenizer.decode(side, skip_special_tokens=False) for side in ids)
+    around = f"{before}TEXT{after}".replace("|", "\\|")  # which would end the cell
     return CARD.format(
         name=name,
         base=f"base_model: {made_of[0]}\n" if on_hub else "",
         made_of=", then ".join(f"`{p if on_hub else Path(p).name}`" for p in made_of) or "?",
         direction="to the left only" if decoder.config.is_causal else "both ways",
         pooling=f"{pooling.get(encoder.pooling, 'the ' + encoder.pooling)} of {whole}",
+        around=f"`{around}`" if before + after else "nothing",
         length=encoder.max_length,
         prompts=", ".join(f"{k}: `{v!r}`" for k, v in encoder.prompts.items() if v) or "none",
         dtype=dtype,
