@@ -369,7 +369,7 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
         print(f"{folder}: has no lm_head.weight: it can encode, not predict", file=sys.stderr)
     if wanted:
         raise ValueError(f"{folder}: tensor {next(iter(wanted))} is missing, one of {len(wanted)}")
-    checkpoints.tell_unused(folder, unused)
+    checkpoints.report_unused(folder, unused)
 
 
 # --- Text to tokens ----------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def sts(encoder: LLM2Vec, files: str | Path | Sequence[str | Path] = STSB_TEST) 
         stem = Path(file).stem
         name = re.sub(r"^sts(\d\d)(-.*)?$", r"STS\1", stem)
         if name in tasks and name == stem:
-            raise ValueError(f"{file}: a second file named {name}: both scores would be {name}")
+            raise ValueError(f"{file}: a second file named {name}: two scores with one name")
         task = tasks.setdefault(name, ([], [], []))
         for all_of_it, more in zip(task, read_sts(file), strict=True):
             all_of_it.extend(more)
