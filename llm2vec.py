@@ -55,7 +55,7 @@ from llm2vec_data.checkpoints import (
 )
 from llm2vec_data.commands import cli
 from llm2vec_data.disk import read_json, reading
-from llm2vec_data.encode import count_cut, encode_file, tell_cut, word_states
+from llm2vec_data.encode import count_cut, encode_file, report_cut, word_states
 from llm2vec_data.export import save_encoder
 from llm2vec_data.processes import default_device, has_bfloat16
 from lora import load_adapter, load_extra, merge_lora
@@ -801,7 +801,7 @@ def main() -> None:
     if args.command == "encode":
         encode_file(model, args.input, args.output, args.instruction, args.normalize)
         return
-    tell_cut(model, count_cut(model, args.texts, args.instruction), len(args.texts))
+    report_cut(model, count_cut(model, args.texts, args.instruction), len(args.texts))
     vectors = torch.from_numpy(model.encode(args.texts, args.instruction, normalize=True))
     for row, text in zip((vectors @ vectors.T).tolist(), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)
