@@ -116,8 +116,8 @@ def fit(
     resumes from its newest state, and ends with the same bits as a run that was not.
     """
     batches = Batches(datasets, settings)
-    identity = fingerprint(model, datasets, settings, CODE)
-    run = RunFolder(folder, settings, identity, lambda: dev_score(model, settings))
+    fingerprints = fingerprint(model, datasets, settings, CODE)
+    run = RunFolder(folder, settings, fingerprints, lambda: dev_score(model, settings))
     if run.finished:
         log(f"{folder}: finished before; --overwrite trains it anew")
         lora.remove_lora(model)

@@ -83,18 +83,18 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: Path, settings, identity: dict[str, object], score: Callable[[], float]
+        self, folder: Path, settings, fingerprints: dict[str, object], score: Callable[[], float]
     ):
         self.folder, self.settings, self.scorer = folder, settings, score
         self.log_file, self.best_file = folder / "log.jsonl", folder / "best.safetensors"
-        on_main(lambda: self.open(identity))
+        on_main(lambda: self.open(fingerprints))
         self.finished = (folder / "finished").exists()
 
-    def open(self, identity: dict[str, object]) -> None:
+    def open(self, fingerprints: dict[str, object]) -> None:
         file = self.folder / "settings.json"
         if self.states() or (self.folder / "finished").exists():
             before = read_json(file)
-            for key, value in json.loads(json.dumps(identity)).items():
+            for key, value in json.loads(json.dumps(fingerprints)).items():
                 if before.get(key) != value:
                     change = f"{key} was {before.get(key)!r} and is {value!r}"
                     what = f"a run with other settings, {change}; --overwrite trains it anew"
@@ -104,7 +104,7 @@ class RunFolder:
             raise ValueError(f"{self.folder}: {what}")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, identity)
+            write_json(file, fingerprints)
 
     def states(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.safetensors"))
