@@ -312,7 +312,7 @@ class QLoRALinear(LoRALinear, NF4Linear):
 
 
 class NF4Product(torch.autograd.Function):
-    """x (..., in) times a 4-bit matrix; each pass decodes it anew, to save memory."""
+    """x (..., in) times a 4-bit matrix; each pass decodes it again, to save memory."""
 
     @staticmethod
     def forward(ctx, x: Tensor, module: NF4Linear) -> Tensor:

@@ -105,7 +105,7 @@ def fit(
     settings: Settings,
     folder: Path,
 ) -> None:
-    """Train fresh adapters, or what requires a gradient; write it to `folder`, and merge.
+    """Train fresh adapters, or other parameters with gradients; write them to `folder`, and merge.
 
     AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. `backward`
     takes a batch and the step number, from 0. It computes this process's part of the gradients,
@@ -246,7 +246,7 @@ class Batches:
         if settings.epochs:
             settings.steps = settings.epochs * len(self.slots)
             left = sum(len(items) for items in datasets) - sum(j - i for _, i, j in self.slots)
-            log(f"{settings.steps} steps; each epoch leaves out {left} items, chosen anew")
+            log(f"{settings.steps} steps; each epoch leaves out {left} items, other ones each time")
         self.settings = settings
 
     def __getitem__(self, step: int) -> list:

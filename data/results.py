@@ -19,8 +19,8 @@ range      columns that also show the lowest and the highest seed, after the mea
 title      heading of the rows
 printed    true: the table as `python train.py` prints it, with all scores, instead of columns
 
-And this one, in a sentence, describes the number after it. Of several seeds it is the mean; with
-`| lowest` or `| highest` it is not. (It can't be in a table: there, each `|` ends a cell.)
+And this one, in a sentence, describes the number after it. Of several seeds it is the mean, or
+with `| lowest` or `| highest` that seed (not in a table: there, each `|` ends a cell):
 
     SimCSE ends at <!--= smollm2 | + simcse | stsb-test -->.714.
 """
