@@ -264,8 +264,8 @@ class Decoder(nn.Module):
         self.lm_head = None  # tied to the embedding
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # In training, so many layers keep only their input, and are computed again in the backward
-        # pass: less memory, for up to a third more time.
+        # In training, this many layers keep only their input, and are computed again in the
+        # backward pass: less memory, for up to a third more time.
         self.recompute = 0
         self.name_or_path: str | None = None  # the checkpoint with exactly these weights
 
@@ -392,7 +392,7 @@ def tokenize(
     instruction: str | None = None,
     separator: str = "\n",
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of each text, and a mask of the tokens to pool: not BOS, not the instruction.
+    """Token ids of each text, and a mask of the tokens to pool: no BOS, no instruction.
 
     On data/tiny-llama, the text "A cat sat." with the instruction "find:" gives this row:
 
@@ -550,7 +550,7 @@ def cross_entropy(decoder: Decoder, states: Tensor, tokens: Tensor) -> Tensor:
 
 # --- Step 3: contrastive learning --------------------------------------------------------------
 # The same sentence is encoded twice with different dropout; the two vectors must be closer to each
-# other than to those of the other sentences of the batch (SimCSE, Gao et al. 2021; section 2.1).
+# other than to the vectors of other sentences in the batch (SimCSE, Gao et al. 2021; section 2.1).
 
 
 def contrastive_loss(

@@ -77,7 +77,7 @@ class Settings:
     dev: str | None = setting(
         "STS file, scored every --save-every steps; the best step is kept", None
     )
-    patience: int | None = setting("stop after so many scores in turn without a new best one", None)
+    patience: int | None = setting("stop after N scores in turn without a new best one", None)
     max_tokens: int = setting(
         "tokens in one forward pass; lower it to save memory", 8192, same_result=True
     )
@@ -320,7 +320,7 @@ def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> Ta
         masked, chosen = mask_tokens(
             ids, mask_id, V, **rates, maskable=~torch.isin(ids, special), generator=generator
         )
-        total, loss = int(chosen.sum()), 0.0  # of all processes
+        total, loss = int(chosen.sum()), 0.0  # total: in all processes
         torch.manual_seed(seed + 1 + RANK)  # another dropout in each process
         n = max(1, settings.max_tokens // settings.length)
         shares = (t[RANK::WORLD_SIZE].to(model.decoder.device) for t in (masked, ids, chosen))
@@ -407,7 +407,7 @@ def apply_settings(model: LLM2Vec, texts: Sequence[str], settings: EncoderSettin
     model.pooling, model.include_prompt = settings.pooling, settings.include_prompt
     model.max_length = max(model.max_length, settings.length)
     rows = model.rows(texts[:: math.ceil(len(texts) / 10_000)], max_length=2**31)
-    lengths = sorted(len(ids) for ids, _ in rows)  # of ten thousand, at most
+    lengths = sorted(len(ids) for ids, _ in rows)  # at most ten thousand texts
     cut = sum(n > settings.length for n in lengths) / len(lengths)
     summary = f"of {lengths[len(lengths) // 2]} tokens in the median and at most {lengths[-1]}"
     log(f"{len(texts)} texts, {summary}; {cut:.1%} are cut at --length {settings.length}")
@@ -563,7 +563,7 @@ class Stage(NamedTuple):
 # same model and seven minutes of an H200, with the paper's steps and batches of MNTP. `one-word` is
 # for a causal instruct model with the template one-word-example. It trains only the last norm, a
 # number for each dimension: the few dimensions in which all answers are alike then count for less.
-# Adapters at the rates above lose what the prompt gives.
+# Adapters at the rates above lose the effect of the prompt.
 SMOLLM2 = {"attention_dropout": 0.3, "dropout": 0.0, "scale": 10.0}
 ONE_WORD = {"pooling": "last", "targets": ["norm"], "attention_dropout": 0.1, "dropout": 0.0}
 STAGES = {

@@ -4,7 +4,7 @@
     read_config        config.json as the fields of a decoder
     weight_files       the safetensors of a checkpoint
     load_tokenizer     tokenizer.json, perhaps with a template around every text
-    encoder_options    how to pool, cut and attend, by the files of a folder
+    encoder_options    pooling, length and attention, from the files of a folder
 
 llm2vec.py loads the weights: its modules have the names of a checkpoint's tensors.
 """
@@ -458,7 +458,7 @@ MODE = re.compile("^pooling_mode_|_tokens?$")
 
 
 def encoder_options(folder: Path, adapters: Sequence[Path] = ()) -> dict[str, object]:
-    """How to pool, cut and attend with a folder: the arguments of LLM2Vec, and `is_causal`.
+    """Pooling, length and attention for a folder: the arguments of LLM2Vec, and `is_causal`.
 
     `save_encoder` writes them to config.json, under `llm2vec`. The files of sentence-transformers
     override these; a folder that has them is causal unless config.json says otherwise. A folder

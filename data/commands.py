@@ -35,12 +35,12 @@ def check_settings(settings) -> None:
     """Raise ValueError for a number outside the range of its setting."""
     for f in fields(settings):
         value, name = getattr(settings, f.name), f.name.replace("_", "-")
-        least = 0 if f.default == 0 or f.name.endswith(("dropout", "_share")) else 1e-9
-        least = 1 if least and kind_of(f) is int else least
-        most = 0.99 if f.name.endswith("dropout") else 1e12
-        most = 1 if f.name.endswith(("_rate", "_share")) else most
-        if type(value) in (int, float) and not least <= value <= most:
-            raise ValueError(f"--{name} is {value}, expected {least:g} to {most:g}")
+        lowest = 0 if f.default == 0 or f.name.endswith(("dropout", "_share")) else 1e-9
+        lowest = 1 if lowest and kind_of(f) is int else lowest
+        highest = 0.99 if f.name.endswith("dropout") else 1e12
+        highest = 1 if f.name.endswith(("_rate", "_share")) else highest
+        if type(value) in (int, float) and not lowest <= value <= highest:
+            raise ValueError(f"--{name} is {value}, expected {lowest:g} to {highest:g}")
 
 
 def add_settings(command: argparse.ArgumentParser, presets: dict[str, Any]) -> None:
