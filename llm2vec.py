@@ -1,24 +1,24 @@
 """LLM2Vec in one file: a decoder-only language model becomes a text encoder.
 
 The method (BehnamGhader et al. 2024, arXiv 2404.05961) has three steps: let attention look both
-ways, train briefly to predict masked tokens, train briefly with contrastive learning. Read this
-file from the top and you will have met all of them:
+ways, train briefly to predict masked tokens, train briefly with contrastive learning. This file
+explains them in order:
 
     Config             the shape of a Llama, a Mistral or a near relative
     attention_mask     which token may attend to which; step 1 is its argument `is_causal`
     Decoder            RMSNorm, rotary positions, grouped-query attention, SwiGLU
     load_weights       config.json and safetensors into those modules, tensor by tensor
-    tokenize           text to token ids, and which of them the vector of a text averages
+    tokenize           text to token ids, and a mask of the tokens to pool
     pool               the hidden states of a text to one vector
     mntp_loss          step 2: masked next-token prediction
     contrastive_loss   step 3: contrastive learning (SimCSE)
     LLM2Vec            all of it as an encoder: texts in, vectors out
 
-Steps 2 and 3 are run by train.py, on the adapters of lora.py.
+train.py runs steps 2 and 3, on the adapters of lora.py.
 
-What is notable here: modules carry the names of Hugging Face checkpoints, so that weights load
-without a table of names; one function makes every mask; there is no cache of keys and values,
-because an encoder reads each text once.
+Notable features: modules have the names that Hugging Face checkpoints use, so weights load without
+a table of names. One function makes every mask. Keys and values are not cached, because an encoder
+reads each text once.
 
 Shapes: B batch, T tokens, d width, H heads, K key/value heads, D head width, V vocabulary, N texts.
 """
@@ -55,7 +55,7 @@ from llm2vec_data.checkpoints import (
 )
 from llm2vec_data.commands import cli
 from llm2vec_data.disk import read_json, reading
-from llm2vec_data.encode import count_cut, encode_file, tell_cut, word_states
+from llm2vec_data.encode import count_cut, encode_file, report_cut, word_states
 from llm2vec_data.export import save_encoder
 from llm2vec_data.processes import default_device, has_bfloat16
 from lora import load_adapter, load_extra, merge_lora
@@ -72,10 +72,10 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    model_type: str = "llama"  # whose name an exported folder has; the decoder asks for features
+    model_type: str = "llama"  # for exported folders; the decoder reads only the other fields
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"rope_type": ...} and what ROPE_SCALING says it needs
+    rope_scaling: dict | None = None  # {"rope_type": ...} and the numbers in ROPE_SCALING
     sliding_window: int | None = None
     layer_types: list[str] | None = None  # full_attention or sliding_attention; None: all sliding
     no_rope_layers: list[int] | None = None  # 0 for each layer without rotary positions, else 1
@@ -149,10 +149,10 @@ def rotary_table(config: Config, T: int, device: torch.device, dtype: torch.dtyp
     """Cosines and sines of the rotary position embedding (Su et al. 2021), (T, D) each.
 
     Pair m of a head turns by position * theta^(-2m/D), so the product of a query and a key depends
-    on their distance alone. A text that is packed behind another, or shifted by padding, therefore
-    needs no positions of its own. `linear` stretches all wavelengths by `factor`; `llama3` (Llama
-    3.1) stretches only the long ones, with a smooth passage, as in transformers' rope utilities;
-    `dynamic` stretches none before max_position_embeddings, behind which it raises ValueError.
+    on their distance alone. So a text that is packed after another, or shifted by padding, needs no
+    other positions. `linear` stretches all wavelengths by `factor`; `llama3` (Llama 3.1) stretches
+    only the long ones, with a smooth passage, as in transformers' rope utilities; `dynamic`
+    stretches none up to max_position_embeddings, and raises ValueError for a longer text.
     """
     D = config.head_dim
     frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
@@ -264,10 +264,10 @@ class Decoder(nn.Module):
         self.lm_head = None  # tied to the embedding
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Training keeps only the input of so many layers, and computes what is inside them again
-        # in the backward pass: less memory, for up to a third more time.
+        # In training, this many layers keep only their input, and are computed again in the
+        # backward pass: less memory, for up to a third more time.
         self.recompute = 0
-        self.name_or_path: str | None = None  # the checkpoint that has these very weights
+        self.name_or_path: str | None = None  # the checkpoint with exactly these weights
 
     def forward(
         self, input_ids: Tensor, segments: Tensor | None = None, last: int | None = None
@@ -310,7 +310,7 @@ class Decoder(nn.Module):
 
     @property
     def can_predict(self) -> bool:
-        """False for a checkpoint of the inner model, which came without its output head."""
+        """False for a checkpoint of the inner model, which has no output head."""
         return self.config.tie_word_embeddings or self.lm_head is not None
 
     @property
@@ -340,16 +340,16 @@ class Decoder(nn.Module):
 
 
 # --- From disk ---------------------------------------------------------------------------------
-# What this decoder can't compute is refused by name, never ignored: a checkpoint that loads is a
-# checkpoint that gives the right numbers. Only JSON and safetensors are read.
+# A feature that this decoder can't compute raises an error that names it, so a checkpoint that
+# loads gives the right numbers. Only JSON and safetensors are read.
 
 
 def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill a decoder made on the meta device from safetensors, one tensor in memory at a time."""
+    """Load safetensors into a decoder on the meta device, one tensor in memory at a time."""
     wanted, unused, hint = dict(decoder.named_parameters()), [], ""
     if quantised := read_json(folder / "config.json").get("quantization_config"):
         method = quantised.get("quant_method")
-        hint = f"; the weights are quantised ({method}): take those that they were made from"
+        hint = f"; the weights are quantised ({method}): use the checkpoint before quantisation"
     for file in checkpoints.weight_files(folder):
         with reading(file, hint), safe_open(file, framework="pt", device=str(device)) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -362,27 +362,27 @@ def load_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, device: tor
                     module, _, leaf = key.rpartition(".")
                     weight = nn.Parameter(weight, requires_grad=False)
                     setattr(decoder.get_submodule(module), leaf, weight)
-                elif key != "lm_head.weight":  # which a file may hold although it is tied
+                elif key != "lm_head.weight":  # a file may hold it although it is tied
                     raise ValueError(f"tensor {name} has no place in this model")
     if wanted.pop("lm_head.weight", None) is not None:
         decoder.lm_head = None
-        print(f"{folder}: has no lm_head.weight, so it encodes and can't predict", file=sys.stderr)
+        print(f"{folder}: has no lm_head.weight: it can encode, not predict", file=sys.stderr)
     if wanted:
         raise ValueError(f"{folder}: tensor {next(iter(wanted))} is missing, one of {len(wanted)}")
-    checkpoints.tell_unused(folder, unused)
+    checkpoints.report_unused(folder, unused)
 
 
 # --- Text to tokens ----------------------------------------------------------------------------
-# tokenizer.json says itself whether a BOS token goes in front. The vector of a text averages the
-# text's own tokens: BOS and an instruction are attended to, but not averaged (section 3.2).
+# tokenizer.json decides whether a row starts with BOS. The vector of a text averages the tokens of
+# the text alone: the model reads BOS and the instruction, but they are not averaged (section 3.2).
 
 
 def prompt_prefix(instruction: str | None, separator: str = "\n") -> str:
-    """What an instruction puts in front of a text: itself and the separator."""
-    lead = instruction or ""
-    if separator:  # more white space would be cut differently in front of a text than alone
-        lead = lead.rstrip()
-    return lead + separator if lead else ""
+    """The instruction and the separator, to put before a text; "" without an instruction."""
+    prefix = instruction or ""
+    if separator:  # white space at the end becomes other tokens before a text than alone
+        prefix = prefix.rstrip()
+    return prefix + separator if prefix else ""
 
 
 def tokenize(
@@ -392,13 +392,19 @@ def tokenize(
     instruction: str | None = None,
     separator: str = "\n",
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of each text, and which of them are its own: no BOS, no instruction.
+    """Token ids of each text, and a mask of the tokens to pool: no BOS, no instruction.
 
-    At most max_length tokens each: the end of a longer text is cut. What stands behind a text (a
-    template's closing marker, EOS) counts as its own, as in the authors' encoder and in
-    sentence-transformers. A text without any token has all that stands there for its own; where
-    nothing does, it has no token of its own and the vector 0, as in sentence-transformers. Raises
-    ValueError for what is not a string, and where an instruction or template leaves no room.
+    On data/tiny-llama, the text "A cat sat." with the instruction "find:" gives this row:
+
+        tokens  f      ind    :      \\n     A     cat   sat   .
+        ids     86     526    42     198    49    2644  2643  30
+        mask    False  False  False  False  True  True  True  True
+
+    The end of a text is cut at max_length tokens. Tokens appended after the text (EOS, the end of a
+    template) are pooled, as in the authors' encoder and in sentence-transformers. For an empty text
+    the whole row is pooled; if the row is empty, too, its vector is 0, as in sentence-transformers.
+    Raises ValueError for a text that is not a string, and for an instruction or template that
+    leaves no room for the text.
     """
     if isinstance(texts, str):
         raise ValueError("texts is one string, expected a list of strings: put it in brackets")
@@ -408,64 +414,65 @@ def tokenize(
             raise ValueError(f"text {i} is {type(text).__name__}, expected a string: {text!r:.60}")
         if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"text {i} holds half a surrogate pair: {text!r:.60}")
-    lead = prompt_prefix(instruction, separator)
-    special = tokenizer.encode(lead.rstrip(" ")).special_tokens_mask  # a space goes with the text
-    before = max((i + 1 for i, s in enumerate(special) if not s), default=0)  # BOS and the lead
+    prefix = prompt_prefix(instruction, separator)
+    special = tokenizer.encode(prefix.rstrip(" ")).special_tokens_mask  # " " joins the text's token
+    before = max((i + 1 for i, s in enumerate(special) if not s), default=0)  # BOS and the prefix
     if max_length <= tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"max_length {max_length} leaves no room beside the template's tokens")
     tokenizer.enable_truncation(max_length)
     try:
-        with reading("tokenizer.json"):  # an unknown token, where the tokenizer has none for them
-            encodings = tokenizer.encode_batch([lead + text for text in texts])
+        with reading("tokenizer.json"):  # a tokenizer without <unk> raises for unknown words
+            encodings = tokenizer.encode_batch([prefix + text for text in texts])
     finally:
         tokenizer.no_truncation()
     rows = []
     for text, e in zip(texts, encodings, strict=True):
         start = next((i for i, s in enumerate(e.special_tokens_mask) if i >= before and not s), 0)
-        if start == 0 and lead and text.strip():
-            raise ValueError(f"the instruction leaves no room in {max_length} tokens: {lead!r:.60}")
-        own = [i >= start for i in range(len(e.ids))]
-        rows.append((e.ids, own) if e.ids else ([0], [False]))
+        if start == 0 and prefix and text.strip():
+            message = f"the instruction leaves no room in {max_length} tokens"
+            raise ValueError(f"{message}: {prefix!r:.60}")
+        pooled = [i >= start for i in range(len(e.ids))]
+        rows.append((e.ids, pooled) if e.ids else ([0], [False]))
     return rows
 
 
 # --- Pooling -----------------------------------------------------------------------------------
 
 
-def positions(own: Tensor) -> Tensor:
-    """1, 2, 3... by place in the row, for own tokens; 0 for others."""
-    return torch.arange(1, own.shape[1] + 1, device=own.device) * own
+def positions(pooled: Tensor) -> Tensor:
+    """The position in the row, from 1, of each pooled token; 0 for the others."""
+    return torch.arange(1, pooled.shape[1] + 1, device=pooled.device) * pooled
 
 
-# Rules that make weights (B, T) from `own` (B, T), 1 for the tokens that count and 0 for others.
+# Each rule makes weights (B, T) from `pooled` (B, T): 1 for pooled tokens, 0 for the others.
 POOLING: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda own: own,  # what the paper found best
-    "weighted_mean": positions,  # by place: SGPT, Muennighoff 2022
-    "last": lambda own: own * (positions(own) == positions(own).amax(1, True)),
-    "first": lambda own: own * (own.cumsum(1) == 1),
+    "mean": lambda pooled: pooled,  # the best one in the paper
+    "weighted_mean": positions,  # SGPT, Muennighoff 2022
+    "last": lambda pooled: pooled * (positions(pooled) == positions(pooled).amax(1, True)),
+    "first": lambda pooled: pooled * (pooled.cumsum(1) == 1),
 }
 
 
-def pool(hidden: Tensor, weights: str | Tensor = "mean", own: Tensor | None = None) -> Tensor:
-    """One vector a text, (B, d) float32, from hidden states (B, T, d).
+def pool(hidden: Tensor, weights: str | Tensor = "mean", pooled: Tensor | None = None) -> Tensor:
+    """One vector for each text, (B, d) float32, from hidden states (B, T, d).
 
     Args:
         weights: (B, T) non-negative numbers, or the name of a rule in POOLING that makes them.
-        own: (B, T) booleans, the tokens that count; None for all of them.
+        pooled: (B, T) booleans, True for the tokens to pool; None for all.
     """
     if isinstance(weights, str):
         if weights not in POOLING:
             raise ValueError(f"pooling {weights!r}: expected {', '.join(POOLING)}")
-        own = hidden.new_ones(hidden.shape[:2]) if own is None else own
-        weights = POOLING[weights](own.float())
+        pooled = hidden.new_ones(hidden.shape[:2]) if pooled is None else pooled
+        weights = POOLING[weights](pooled.float())
     weights = weights.float() / weights.float().sum(1, keepdim=True).clamp_min(1e-9)
     return (weights[:, None, :] @ hidden.float())[:, 0]
 
 
 # --- Step 2: masked next-token prediction ------------------------------------------------------
-# Some tokens are hidden, and the model, which now sees both sides, has to name them (section 2.1).
-# The token at i is read off the state at i - 1, where a language model has always written its
-# guess of token i: the output head keeps the meaning that it was pre-trained with.
+# Some tokens are masked, and the model, which now sees both sides, has to predict them (section
+# 2.1). Token i is predicted from the state at i - 1, as in pre-training: the output head keeps its
+# meaning.
 
 
 def mask_tokens(
@@ -477,19 +484,19 @@ def mask_tokens(
     maskable: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose a share of the tokens of input_ids (B, T), and hide them.
+    """Choose some tokens of input_ids (B, T) at random, and mask them.
 
     Args:
-        rate: the chance of each token to be chosen; a tensor (B, 1) for one by row. The first token
-            of a row never is: no state stands before it.
-        replace: of the chosen tokens, a share replace[0] becomes mask_id (the paper takes the plain
-            token `_`), a share replace[1] a random token below vocab_size; the rest stays, and
-            still has to be predicted. (0.8, 0.1) is BERT's rule (Devlin et al. 2019), used for
-            Llama; (1, 0) is used for Mistral.
+        rate: the chance of each token to be chosen, or (B, 1), a chance for each row. The first
+            token of a row is never chosen: no state comes before it.
+        replace: shares of the chosen tokens. The share replace[0] becomes mask_id (the paper uses
+            the plain token `_`), the share replace[1] becomes random tokens below vocab_size. The
+            rest is not changed, but predicted too. (0.8, 0.1) is BERT's rule (Devlin et al. 2019),
+            used for Llama; (1, 0) is used for Mistral.
         maskable: (B, T) booleans, the tokens that may be chosen; None for all.
-        generator: one of the CPU.
+        generator: a generator on the CPU.
 
-    Returns the ids with chosen tokens hidden, (B, T), and which were chosen, (B, T) booleans.
+    Returns the masked ids, (B, T), and the chosen tokens, (B, T) booleans.
     """
     shape, device = input_ids.shape, input_ids.device
     chosen = torch.rand(shape, generator=generator).to(device) < rate
@@ -497,9 +504,9 @@ def mask_tokens(
     chosen = chosen if maskable is None else chosen & maskable
     draw = torch.rand(shape, generator=generator).to(device)
     noise = torch.randint(vocab_size, shape, generator=generator).to(device)
-    hidden = torch.where(chosen & (draw < replace[0]), mask_id, input_ids)
+    masked = torch.where(chosen & (draw < replace[0]), mask_id, input_ids)
     swapped = chosen & (draw >= replace[0]) & (draw < sum(replace))
-    return torch.where(swapped, noise, hidden), chosen
+    return torch.where(swapped, noise, masked), chosen
 
 
 def mntp_loss(
@@ -512,9 +519,9 @@ def mntp_loss(
 ) -> Tensor:
     """Mean cross-entropy, in nats, of the chosen tokens given the masked text (section 2.1).
 
-    All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only states in front of
+    All four are (B, T); masked_ids and chosen come from `mask_tokens`. Only the states before
     chosen tokens go through the vocabulary projection. `total` is the number of chosen tokens in
-    the whole batch, where this is a part of one.
+    the whole batch, if this is a part of one.
     """
     hidden = decoder(masked_ids, segments)[:, :-1]  # the state at i - 1 ...
     target = chosen[:, 1:]  # ... predicts the token at i
@@ -522,13 +529,13 @@ def mntp_loss(
     return losses.sum() / max(1, int(target.sum()) if total is None else total)
 
 
-CHUNK = 2**25  # logits that are in memory at once
+CHUNK = 2**25  # logits in memory at once
 
 
 def cross_entropy(decoder: Decoder, states: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy of each of the tokens (n,) given states (n, d): (n,) float32.
 
-    Many logits are computed in chunks, and again in the backward pass, instead of being kept.
+    To save memory, many logits are computed in chunks, and again in the backward pass.
     """
 
     def loss_of(states: Tensor, tokens: Tensor) -> Tensor:
@@ -543,7 +550,7 @@ def cross_entropy(decoder: Decoder, states: Tensor, tokens: Tensor) -> Tensor:
 
 # --- Step 3: contrastive learning --------------------------------------------------------------
 # The same sentence is encoded twice with different dropout; the two vectors must be closer to each
-# other than to those of the other sentences of the batch (SimCSE, Gao et al. 2021; section 2.1).
+# other than to the vectors of other sentences in the batch (SimCSE, Gao et al. 2021; section 2.1).
 
 
 def contrastive_loss(
@@ -558,8 +565,8 @@ def contrastive_loss(
     Args:
         query, positive: (B, d); row i of one belongs to row i of the other.
         negative: (any number, d), hard negatives: more candidates for every query.
-        scale: inverse temperature, by which the cosine is multiplied.
-        duplicates: (B, candidates) booleans, other copies of a query's own positive: no candidates.
+        scale: inverse temperature: the cosine is multiplied by it.
+        duplicates: (B, candidates) booleans, other copies of a query's positive, to be ignored.
     """
     candidates = positive if negative is None else torch.cat([positive, negative])
     cosine = F.normalize(query.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
@@ -573,8 +580,8 @@ def contrastive_loss(
 class LLM2Vec(nn.Module):
     """A decoder, its tokenizer and a pooling rule: texts in, vectors out.
 
-    More modules may stand beside the decoder, a pooler for one: they are trained, saved and loaded
-    with it, by name. What only training needs is put in `heads`, and is no part of the encoder.
+    A subclass may have more modules, for example a pooler: they are trained, saved and loaded with
+    the decoder, by name. Modules in `heads` are for training only, not a part of the encoder.
     """
 
     def __init__(
@@ -589,7 +596,7 @@ class LLM2Vec(nn.Module):
     ):
         """separator: see `tokenize`. include_prompt: pool BOS and instructions, too.
 
-        prompts: what sentence-transformers is told to put in front of a query or a document.
+        prompts: the texts that sentence-transformers puts before a query or a document.
         """
         super().__init__()
         self.decoder, self.tokenizer = decoder, tokenizer
@@ -598,13 +605,14 @@ class LLM2Vec(nn.Module):
         self.prompts, self.made_of = dict(prompts or {}), []  # made_of: names, for a model card
         if pooling not in POOLING:
             raise ValueError(f"pooling {pooling!r}: expected {', '.join(POOLING)}")
-        # A token behind the embedding (<pad>, often) is made special: a text can't produce it then.
+        # A token id beyond the embedding (often <pad>) is made special: no text can produce it.
         V, added = decoder.config.vocab_size, tokenizer.get_added_tokens_decoder()
         tokenizer.add_special_tokens([token.content for i, token in added.items() if i >= V])
         ids = tokenizer.get_vocab(with_added_tokens=False).values()
-        last = max(*ids, *tokenizer.encode("a").ids)  # of what stands around a text, too
-        if last >= V:
-            raise ValueError(f"tokenizer.json: has token ids up to {last}, the model embeds {V}")
+        largest = max(*ids, *tokenizer.encode("a").ids)  # with BOS, EOS and the template
+        if largest >= V:
+            message = f"has token ids up to {largest}, but the model has {V} embeddings"
+            raise ValueError(f"tokenizer.json: {message}")
 
     @classmethod
     def from_pretrained(
@@ -622,12 +630,12 @@ class LLM2Vec(nn.Module):
     ) -> "LLM2Vec":
         """Load a checkpoint and merge adapters into it, in the order given.
 
-        Each is a folder, or a name on the Hugging Face hub. pooling, max_length, is_causal,
-        separator and include_prompt default to what an encoder's folder says, else to "mean", 512,
-        False, a line break and False; the separator to a space for what the authors made.
-        template is what to put before and after every text: two strings, or the name of one in
-        checkpoints.TEMPLATES. device defaults to the first of cuda,
-        mps and cpu that is there; dtype to bfloat16 on a GPU that has it, else to float32.
+        Each is a folder, or a name on the Hugging Face hub. The folder of an encoder has its
+        pooling, max_length, is_causal, separator and include_prompt; else the defaults are "mean",
+        512, False, a line break and False. The authors' models have a space as the separator.
+        template: two strings, for before and after every text, or a name in checkpoints.TEMPLATES.
+        device: by default the first of cuda, mps and cpu that the machine has. dtype: by default
+        bfloat16 on a GPU that supports it, else float32.
         """
         folder = find_checkpoint(path_or_name, "tokenizer.json")
         adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters
@@ -640,18 +648,18 @@ class LLM2Vec(nn.Module):
             dtype = torch.bfloat16 if fast else torch.float32
         options = checkpoints.encoder_options(folder, adapters)
         if template in ("mistral", "llama-3"):
-            options.setdefault("separator", " ")  # as the authors have it
+            options.setdefault("separator", " ")  # as in the authors' code
         given = {"pooling": pooling, "max_length": max_length, "is_causal": is_causal}
         given |= {"separator": separator, "include_prompt": include_prompt}
         options |= {name: value for name, value in given.items() if value is not None}
-        tokenizer = load_tokenizer(folder, template)  # complain of it before reading weights
+        tokenizer = load_tokenizer(folder, template)  # its errors come before weights are read
         decoder = Decoder.from_pretrained(path_or_name, dtype, device)
-        decoder.config.is_causal = options.pop("is_causal")  # False is step 1 of the method, entire
-        with torch.random.fork_rng(devices=()):  # new modules are the same ones each time
+        decoder.config.is_causal = options.pop("is_causal")  # False: this is all of step 1
+        with torch.random.fork_rng(devices=()):  # new modules get the same weights each time
             torch.manual_seed(0)
             model = cls(decoder, tokenizer, **options).to(device).eval()
         model.made_of = [path_or_name, *names]
-        load_extra(model, folder)  # of an exported encoder: the modules beside its decoder
+        load_extra(model, folder)  # the other modules of an exported encoder
         for adapter in adapters:
             load_adapter(model, adapter)
             merge_lora(model)
@@ -659,25 +667,27 @@ class LLM2Vec(nn.Module):
 
     @property
     def width(self) -> int:
-        """Numbers in a vector."""
+        """Dimensions of a vector."""
         return self.decoder.config.hidden_size
 
     def rows(
         self, texts: Sequence[str], instruction: str | None = None, max_length: int | None = None
     ) -> list[tuple[list[int], list[bool]]]:
-        """Token ids of each text, and which of them count for its vector; see `tokenize`."""
+        """Token ids of each text, and a mask of the tokens to pool; see `tokenize`."""
         max_length = self.max_length if max_length is None else max_length
         rows = tokenize(self.tokenizer, texts, max_length, instruction, self.separator)
-        return [(ids, own if not self.include_prompt else [True] * len(ids)) for ids, own in rows]
+        return [
+            (ids, pooled if not self.include_prompt else [True] * len(ids)) for ids, pooled in rows
+        ]
 
     def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        """Vectors, (B, d) float32, of rows that `tokenize` made, as one padded batch."""
+        """Vectors, (B, d) float32, of rows from `tokenize`, as one padded batch."""
         device = self.decoder.device
-        input_ids, own = (pad(side, device) for side in zip(*rows, strict=True))
+        input_ids, pooled = (pad(side, device) for side in zip(*rows, strict=True))
         segments = None
         if len({len(ids) for ids, _ in rows}) > 1:
             segments = pad([[1] * len(ids) for ids, _ in rows], device)
-        return pool(self.decoder(input_ids, segments), self.pooling, own)
+        return pool(self.decoder(input_ids, segments), self.pooling, pooled)
 
     @torch.inference_mode()
     def encode(
@@ -688,11 +698,11 @@ class LLM2Vec(nn.Module):
         progress: bool = False,
         normalize: bool = False,
     ) -> np.ndarray:
-        """Vectors of texts: a float32 array (N, d), in the order of `texts`; of one string: (d,).
+        """Vectors of texts, float32 (N, d), in the order of `texts`; (d,) for one string.
 
-        Texts of like length share a batch of at most max_tokens tokens, padding included; a longer
-        text has a batch for itself. The same text gets the same vector whatever it is batched with.
-        Vectors have length 1 if `normalize`. Raises ValueError for what is not a string.
+        Texts of similar length share a batch of at most max_tokens tokens, with padding; a longer
+        text is a batch by itself. A text gets the same vector in every batch. Vectors have length 1
+        if `normalize`. Raises ValueError for a text that is not a string.
         """
         rows = self.rows([texts] if isinstance(texts, str) else texts, instruction)
         vectors = np.empty((len(rows), self.width), np.float32)
@@ -708,9 +718,9 @@ class LLM2Vec(nn.Module):
         return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_words(self, words: Sequence[str]) -> np.ndarray:
-        """Vectors of a sentence's words, float32 (words, d): each the mean of its tokens' states.
+        """Vectors of a sentence's words, float32 (words, d): the means of their tokens' states.
 
-        The words are read in their sentence, with a space between them (the paper's section 3.1).
+        The sentence is the words with a space between them (section 3.1 of the paper).
         """
         return word_states(self, [words])[0].numpy()
 
@@ -725,29 +735,31 @@ class LLM2Vec(nn.Module):
 # --- Command line ------------------------------------------------------------------------------
 
 
-def add_model_flags(command: argparse.ArgumentParser, **how) -> None:
-    """The flags of every command that takes a model."""
+def add_model_flags(command: argparse.ArgumentParser, **options) -> None:
+    """Add the flags of every command that takes a model; `options` are for --model."""
     add = command.add_argument
-    add("--model", help="checkpoint folder, or a name on the Hugging Face hub", **how)
-    add("--adapters", nargs="*", default=[], help="adapters to merge first, in order: the same")
-    text = "a named text to put around every text: a model's markers, or a prompt"
+    add("--model", help="checkpoint folder, or a name on the Hugging Face hub", **options)
+    text = "adapters to merge, in this order: folders, or names on the hub"
+    add("--adapters", nargs="*", default=[], help=text)
+    text = "template around every text: the chat markers of a model, or a prompt"
     add("--template", choices=TEMPLATES, help=text)
-    add("--before", metavar="TEXT", help="text to put before every text, after the template's")
-    add("--after", metavar="TEXT", help="text to put after every text; it is never cut")
-    text = "between an instruction and a text (default: as the folder says, else a line break)"
+    add("--before", metavar="TEXT", help="text before every text, after the template's start")
+    add("--after", metavar="TEXT", help="text after every text; it is never cut")
+    text = "text between an instruction and a text (default: from the folder, else a line break)"
     add("--separator", help=text)
     direction = {"dest": "is_causal", "action": "store_const"}
     add("--causal", const=True, help="attend to the left only", **direction)
-    text = "attend both ways (default: as the folder says; a language model both ways)"
+    text = "attend both ways (default: from the folder of an encoder, else both ways)"
     add("--bidirectional", const=False, help=text, **direction)
     add("--dtype", choices=("float32", "bfloat16"), help="type of the weights")
-    add("--device", choices=("cuda", "mps", "cpu"), help="(default: the first that is there)")
-    text = "fuse the layers by torch.compile: it takes a minute, and pays on a GPU"
+    text = "(default: the first one that the machine has)"
+    add("--device", choices=("cuda", "mps", "cpu"), help=text)
+    text = "compile the layers with torch.compile: takes a minute; useful on a GPU"
     add("--compile", action="store_true", help=text)
 
 
-def load(args: argparse.Namespace, **how) -> LLM2Vec:
-    """The model that the flags name; `how` goes before them."""
+def load(args: argparse.Namespace, **options) -> LLM2Vec:
+    """The model that the flags name; `options` override the flags."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
     template = args.template
     if args.before or args.after:
@@ -755,7 +767,7 @@ def load(args: argparse.Namespace, **how) -> LLM2Vec:
         template = (opening + (args.before or ""), (args.after or "") + closing)
     names = ("adapters", "device", "separator", "is_causal")
     given = {name: getattr(args, name) for name in names} | {"template": template, "dtype": dtype}
-    model = LLM2Vec.from_pretrained(args.model, **given | how)
+    model = LLM2Vec.from_pretrained(args.model, **given | options)
     if args.compile:
         compile_layers(model.decoder)
     return model
@@ -764,9 +776,9 @@ def load(args: argparse.Namespace, **how) -> LLM2Vec:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python llm2vec.py", description="Turn texts to vectors.")
     commands = parser.add_subparsers(dest="command", required=True)
-    encode = commands.add_parser("encode", help="write the vectors of a file's texts")
+    encode = commands.add_parser("encode", help="write the vectors of the texts in a file")
     add = encode.add_argument
-    text = "a text a line, or .jsonl, .json, .csv with `text`; - is standard input"
+    text = "one text a line, or .jsonl, .json, .csv with `text`; - is standard input"
     add("--input", required=True, help=text)
     add("--output", required=True, help=".npy, or .jsonl with `vector`; - is standard output")
     add("--normalize", action="store_true", help="vectors of length 1")
@@ -775,21 +787,21 @@ def main() -> None:
     for command in (encode, similar):
         add_model_flags(command, required=True)
         add = command.add_argument
-        add("--instruction", help="read in front of each text, not averaged")
-        add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
-        add("--max-length", type=int, metavar="N", help="tokens that are read of a text, at most")
+        add("--instruction", help="text before each text; it is read, but not averaged")
+        add("--pooling", choices=POOLING, help="(default: from the folder, else mean)")
+        add("--max-length", type=int, metavar="N", help="read at most N tokens of a text")
     args = parser.parse_args()
-    if args.command == "similar" and not args.texts:  # --adapters has taken them
-        known = [checkpoints.is_folder_or_hub_name(name) for name in args.adapters]
-        if all(known[1:]):
+    if args.command == "similar" and not args.texts:  # --adapters took them as its values
+        is_adapter = [checkpoints.is_folder_or_hub_name(name) for name in args.adapters]
+        if all(is_adapter[1:]):
             similar.error("no sentences: give two or more, each in quotation marks")
-        n = known.index(False, 1)
+        n = is_adapter.index(False, 1)
         args.adapters, args.texts = args.adapters[:n], args.adapters[n:]
     model = load(args, pooling=args.pooling, max_length=args.max_length)
     if args.command == "encode":
         encode_file(model, args.input, args.output, args.instruction, args.normalize)
         return
-    tell_cut(model, count_cut(model, args.texts, args.instruction), len(args.texts))
+    report_cut(model, count_cut(model, args.texts, args.instruction), len(args.texts))
     vectors = torch.from_numpy(model.encode(args.texts, args.instruction, normalize=True))
     for row, text in zip((vectors @ vectors.T).tolist(), args.texts, strict=True):
         print("  ".join(f"{cosine:6.3f}" for cosine in row), "", text)

@@ -1,15 +1,15 @@
 """The stages of LLM2Vec, from a causal checkpoint to a text encoder.
 
-    python train.py                    all of it on the bundled tiny Llama, in minutes
+    python train.py                    all three steps on the bundled tiny Llama, in minutes
     python train.py mntp ...           step 2 on your own Llama or Mistral folder
     python train.py simcse ...         step 3, on top of the adapter of step 2
-    python train.py supervised ...     the fourth stage, for those who have pairs
+    python train.py supervised ...     the fourth stage, on pairs of texts
 
-A stage is a function from a model and its data to a task: the datasets whose items make batches,
-and how one batch gives gradients. The loop `fit` adds fresh adapters to frozen weights, trains them
-and writes them; the next stage merges them first. To add a stage, write its settings, its function
-and its entry in STAGES. Encoders are scored by `python -m data.benchmarks`, runs drawn by
-`python -m data.figures`.
+A stage is a function that makes a task from a model and its data: datasets, and a function that
+computes the gradients of one batch. The loop `fit` adds fresh adapters to frozen weights, trains
+them and writes them; the next stage merges them first. To add a stage, write its settings, its
+function and its entry in STAGES. `python -m data.benchmarks` scores encoders, and
+`python -m data.figures` draws the loss of a run.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Batches differ in length: memory in pieces that can be joined again loses less to gaps. Torch
-# reads this once, when it is imported.
+# Batches differ in length, which leaves gaps in memory; with this setting torch can join them.
+# Torch reads it once, when it is imported.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
@@ -43,49 +43,49 @@ from llm2vec_data.pairs import PAIRS, read_pairs
 from llm2vec_data.processes import RANK, WORLD_SIZE, log, on_main, processes, sum_over_processes
 from llm2vec_data.runs import RunFolder, fingerprint
 
-Task = tuple[Sequence[Sequence], Callable[[list, int], tuple[float, int]]]  # of `fit`
-CODE = [llm2vec.__file__, lora.__file__, __file__]  # a run goes on with the same code alone
+Task = tuple[Sequence[Sequence], Callable[[list, int], tuple[float, int]]]  # datasets, backward
+CODE = [llm2vec.__file__, lora.__file__, __file__]  # a run is resumed only with the same code
 
 # --- Settings ----------------------------------------------------------------------------------
-# Each field is a flag of the command line. A stage has settings of its own: a subclass.
+# Each field is a flag of the command line. A subclass adds the settings of a stage.
 
 
 @dataclass
 class Settings:
-    """What every stage can be told."""
+    """The settings of every stage."""
 
-    length: int = setting("tokens in a block (mntp), or at most in a text", 512)
+    length: int = setting("tokens in a block (mntp), or in the longest text", 512)
     batch: int = setting("blocks, sentences or pairs in one optimiser step", 32)
     steps: int = setting("optimiser steps", 1000)
-    epochs: int | None = setting("times through the data, instead of --steps", None)
+    epochs: int | None = setting("passes through the data, instead of --steps", None)
     lr: float = setting("learning rate at its peak", 5e-5)
     warm_up: float = setting(
         "steps of linear warm-up before the linear decay to zero; below 1: a share of --steps", 0.0
     )
     decay_epochs: float | None = setting(
-        "times through the data by which the rate is zero, if more than --steps", None
+        "passes through the data until the rate is zero, if longer than --steps", None
     )
     rank: int = setting("rank of the adapters", 16)
-    alpha: float | None = setting("over rank, it scales the adapters; default: twice rank", None)
+    alpha: float | None = setting("scaling of the adapters times rank; default: twice rank", None)
     targets: list[str] = setting(
-        "ends of the names of projections to adapt, and of norms to train; default: all seven", []
+        "projections to adapt and norms to train, by the ends of their names; "
+        "default: all seven projections",
+        [],
     )
     dropout: float = setting("dropout on the input of the adapters", 0.05)
     attention_dropout: float = setting("dropout on the attention weights", 0.0)
     dev: str | None = setting(
-        "STS file to score every --save-every steps: the best step is kept", None
+        "STS file, scored every --save-every steps; the best step is kept", None
     )
-    patience: int | None = setting(
-        "scores in turn that are no better than the best one, after which the run stops", None
-    )
+    patience: int | None = setting("stop after N scores in turn without a new best one", None)
     max_tokens: int = setting(
         "tokens in one forward pass; lower it to save memory", 8192, same_result=True
     )
     recompute: int = setting(
-        "layers computed twice to save memory; a GPU raises it itself", 0, same_result=True
+        "layers computed twice to save memory; rises when GPU memory is full", 0, same_result=True
     )
     save_every: int = setting("steps between two saved states", 50, same_result=True)
-    seed: int = setting("seed of all that is random", 0)
+    seed: int = setting("seed of everything random", 0)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -105,19 +105,19 @@ def fit(
     settings: Settings,
     folder: Path,
 ) -> None:
-    """Train what requires a gradient, by default fresh adapters, write it to `folder`, and merge.
+    """Train fresh adapters, or other parameters with gradients; write them to `folder`, and merge.
 
     AdamW without weight decay, linear warm-up and decay, gradients clipped to norm 1. `backward`
-    takes a batch and the number of the step, from 0; it leaves this process's part of the
-    gradients, and returns its part of the loss and the tokens of the batch. With settings.epochs,
+    takes a batch and the step number, from 0. It computes this process's part of the gradients,
+    and returns its part of the loss and the number of tokens in the batch. With settings.epochs,
     settings.steps is set before the first step.
 
-    Everything random in a step follows from the seed and the number of the step, so a run that was
-    stopped goes on from its newest state and ends with the same bits as one that was not.
+    Everything random in a step follows from the seed and the step number. So a run that was stopped
+    resumes from its newest state, and ends with the same bits as a run that was not.
     """
     batches = Batches(datasets, settings)
-    identity = fingerprint(model, datasets, settings, CODE)
-    run = RunFolder(folder, settings, identity, lambda: dev_score(model, settings))
+    fingerprints = fingerprint(model, datasets, settings, CODE)
+    run = RunFolder(folder, settings, fingerprints, lambda: dev_score(model, settings))
     if run.finished:
         log(f"{folder}: finished before; --overwrite trains it anew")
         lora.remove_lora(model)
@@ -126,15 +126,15 @@ def fit(
     if settings.warm_up > settings.steps:
         log(f"--warm-up {settings.warm_up:g} is longer than the run: the rate never reaches --lr")
     torch.manual_seed(settings.seed)
-    if not lora.adapted(model):  # of --train-adapter, which goes on
-        how = {"dropout": settings.dropout, "targets": settings.targets or None}
-        lora.add_lora(model.decoder, settings.rank, settings.alpha, **how)
-    trained = lora.trained(model)  # by name: adapters, and what stands beside the decoder
+    if not lora.adapted(model):  # --train-adapter loads an adapter before
+        options = {"dropout": settings.dropout, "targets": settings.targets or None}
+        lora.add_lora(model.decoder, settings.rank, settings.alpha, **options)
+    trained = lora.trained(model)  # by name: adapters, and the parameters of other modules
     parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     with training(model, settings):
         if any(p.dtype != torch.float32 for p in parameters):
-            raise ValueError("weights below float32 are too coarse to train: --dtype float32")
+            raise ValueError("weights below float32 are too coarse to train: use --dtype float32")
         for step in range(run.restore(trained, optimizer), settings.steps):
             if not run.patient:
                 break
@@ -143,8 +143,8 @@ def fit(
             norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
             if not math.isfinite(loss + norm):
                 run.save(step, model, trained, optimizer)
-                what = f"step {step + 1}: the loss is {loss} and the norm of the gradient {norm}"
-                raise ValueError(f"{what}; the state before it is in {folder}")
+                message = f"step {step + 1}: the loss is {loss}, the norm of the gradient {norm}"
+                raise ValueError(f"{message}; the state before this step is in {folder}")
             lr = learning_rate(step, settings, len(batches.slots))
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -158,7 +158,7 @@ def fit(
 
 
 def merge(model: LLM2Vec, folder: Path) -> None:
-    """Merge the adapters, and freeze the decoder again; 4-bit weights keep theirs beside them."""
+    """Merge the adapters, and freeze the decoder; adapters of 4-bit weights are not merged."""
     if not lora.is_quantized(model):
         lora.merge_lora(model)
     model.decoder.requires_grad_(False).name_or_path = None  # no checkpoint has these weights
@@ -171,7 +171,7 @@ def dev_score(model: LLM2Vec, settings: Settings) -> float:
 
 @contextlib.contextmanager
 def training(model: LLM2Vec, settings: Settings) -> Iterator[None]:
-    """What training changes on a model, and puts back; adapters go where it is interrupted."""
+    """Set up a model for training, and restore it after; an error removes its adapters."""
     decoder, was_training, recompute = model.decoder, model.training, model.decoder.recompute
     before = dict(vars(decoder.config))
     decoder.config.attention_dropout = settings.attention_dropout
@@ -191,10 +191,10 @@ def training(model: LLM2Vec, settings: Settings) -> Iterator[None]:
 def within_memory(
     model: LLM2Vec, settings: Settings, step: int, backward: Callable, batch: list
 ) -> tuple[float, int]:
-    """`backward` of a batch, again with more layers recomputed where memory is short.
+    """Call `backward` on a batch; where GPU memory is short, again with more layers recomputed.
 
-    A GPU that is out of memory says so, and each time an eighth of the layers is added. The step
-    draws the same numbers again, so its bits are those of a run that had known.
+    Each try adds an eighth of the layers, and draws the same random numbers. So the result has the
+    same bits as with enough layers recomputed from the start.
     """
     decoder, layers = model.decoder, len(model.decoder.layers)
     while True:
@@ -204,8 +204,9 @@ def within_memory(
             return backward(batch, step)
         except torch.OutOfMemoryError as error:
             if WORLD_SIZE > 1 or decoder.recompute >= layers:  # other processes would wait
-                what = f"step {step + 1}: out of memory; lower --max-tokens ({settings.max_tokens})"
-                raise ValueError(f"{what} or --length ({settings.length}): {error}") from None
+                message = f"step {step + 1}: out of memory"
+                message += f"; lower --max-tokens ({settings.max_tokens})"
+                raise ValueError(f"{message} or --length ({settings.length}): {error}") from None
         model.zero_grad()
         torch.cuda.empty_cache()
         decoder.recompute = min(layers, decoder.recompute + math.ceil(layers / 8))
@@ -219,7 +220,7 @@ def seed_of(step: int, settings: Settings) -> int:
 def learning_rate(step: int, settings: Settings, epoch: int = 0) -> float:
     """Linear from 0 to `lr` in warm_up steps, then linear to 0; step counts from 0.
 
-    It is 0 at the end of the run, or behind decay_epochs epochs of so many steps, if that is later.
+    It is 0 at the end of the run, or after decay_epochs epochs of `epoch` steps, if that is later.
     """
     end = max(settings.steps, round((settings.decay_epochs or 0) * epoch))
     warm_up = settings.warm_up * (1 if settings.warm_up >= 1 else settings.steps)
@@ -229,74 +230,76 @@ def learning_rate(step: int, settings: Settings, epoch: int = 0) -> float:
 
 
 class Batches:
-    """Batch number `step`, each from one dataset; no item comes twice in an epoch.
+    """The batch of each step, from one dataset; no item comes twice in an epoch.
 
-    The order follows from seed and epoch. What is left of a dataset when it is cut into batches is
-    left out of that epoch. A dataset smaller than a batch is one.
+    The order follows from seed and epoch. The last items of a dataset, too few for a batch, are
+    left out of that epoch. A dataset smaller than a batch is one batch.
     """
 
     def __init__(self, datasets: Sequence[Sequence], settings: Settings):
-        self.datasets, self.slots = datasets, []  # of an epoch: dataset, first item, behind last
+        self.datasets, self.slots = datasets, []  # of an epoch: dataset, first item, end
         for d, items in enumerate(datasets):
             n = min(settings.batch, len(items))
             self.slots += [(d, i, i + n) for i in range(0, len(items) - n + 1, n or 1) if n]
         if not self.slots:
-            raise ValueError("there is nothing to train on: no item in any dataset")
+            raise ValueError("nothing to train on: no item in any dataset")
         if settings.epochs:
             settings.steps = settings.epochs * len(self.slots)
             left = sum(len(items) for items in datasets) - sum(j - i for _, i, j in self.slots)
-            log(f"{settings.steps} steps; each epoch leaves out {left} items, others each time")
+            log(f"{settings.steps} steps; each epoch leaves out {left} items, other ones each time")
         self.settings = settings
 
     def __getitem__(self, step: int) -> list:
-        epoch, place = divmod(step, len(self.slots))
+        epoch, slot = divmod(step, len(self.slots))
         generator = torch.Generator().manual_seed(self.settings.seed + 1_000_003 * epoch)
         orders = [torch.randperm(len(items), generator=generator) for items in self.datasets]
         if len(orders) > 1:  # the batches of several datasets take turns at random
-            place = int(torch.randperm(len(self.slots), generator=generator)[place])
-        d, first, last = self.slots[place]
-        return [self.datasets[d][i] for i in orders[d][first:last].tolist()]
+            slot = int(torch.randperm(len(self.slots), generator=generator)[slot])
+        d, first, end = self.slots[slot]
+        return [self.datasets[d][i] for i in orders[d][first:end].tolist()]
 
 
 # --- Step 2: masked next-token prediction ------------------------------------------------------
 
 
-CORPUS = "text, a document a line; JSON lines, .json, .csv with `text`; a folder of such; any of "
-CORPUS += "them as .gz (default: bundled Wikipedia)"
+CORPUS = "text file, one document a line; JSON lines, .json or .csv with `text`; or a folder of "
+CORPUS += "such files; all may be .gz (default: bundled Wikipedia)"
 
 
 @dataclass
 class CorpusSettings(Settings):
-    """What a stage that learns from text can be told."""
+    """The settings of a stage that learns from text."""
 
     corpus: str | None = setting(
         CORPUS,
         None,
-        same_result=True,  # its text counts, not its name
+        same_result=True,  # the fingerprint has the text itself
     )
     errors: str = setting(
-        "what to do with lines that hold no text", "strict", ("strict", "skip"), same_result=True
+        "stop at a line without text, or skip it", "strict", ("strict", "skip"), same_result=True
     )
 
 
 def read_corpus(settings: CorpusSettings) -> list[str]:
-    """The documents to train on; none of those that are held out."""
+    """The documents to train on, without the held-out ones."""
     return training_documents(settings.corpus or WIKIPEDIA, settings.errors)
 
 
 @dataclass
 class MNTPSettings(CorpusSettings):
-    mask_rate: float | None = setting("share hidden; default: 0.8 for mistral, else 0.2", None)
+    mask_rate: float | None = setting(
+        "share of tokens to predict; default: 0.8 for mistral, else 0.2", None
+    )
     mask_share: float | None = setting(
-        "of these, share behind the mask token; default: 1 for mistral, else 0.8", None
+        "share of these that becomes the mask token; default: 1 for mistral, else 0.8", None
     )
     swap_share: float | None = setting(
-        "of these, share swapped for random tokens; default: 0 for mistral, else 0.1", None
+        "share of these that becomes random tokens; default: 0 for mistral, else 0.1", None
     )
-    mask_token: str = setting("the plain token that hides others", "_")
+    mask_token: str = setting("the plain token that replaces masked tokens", "_")
 
     def for_model(self, model: LLM2Vec) -> "MNTPSettings":
-        """The paper hides more of Mistral's tokens, all behind the mask token (its appendix)."""
+        """The paper masks more of Mistral's tokens, all with the mask token (its appendix)."""
         mistral = model.decoder.config.model_type == "mistral"
         rates = {"mask_rate": 0.8, "mask_share": 1.0, "swap_share": 0.0}
         rates = rates if mistral else {"mask_rate": 0.2, "mask_share": 0.8, "swap_share": 0.1}
@@ -305,20 +308,20 @@ class MNTPSettings(CorpusSettings):
 
 
 def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> Task:
-    """Teach a model, now bidirectional, to use what it sees."""
+    """Teach a model, now bidirectional, to use the text on both sides of a token."""
     mask_id, V = benchmarks.mask_id_of(model, settings.mask_token), model.decoder.config.vocab_size
     added = model.tokenizer.get_added_tokens_decoder()
     special = torch.tensor([i for i, token in added.items() if token.special] or [-1])
 
     def backward(batch: list[Tensor], step: int) -> tuple[float, int]:
         ids, seed = torch.stack(batch), seed_of(step, settings)
-        generator = torch.Generator().manual_seed(seed)  # all processes mask alike
+        generator = torch.Generator().manual_seed(seed)  # the same masks in all processes
         rates = {"rate": settings.mask_rate, "replace": (settings.mask_share, settings.swap_share)}
         masked, chosen = mask_tokens(
             ids, mask_id, V, **rates, maskable=~torch.isin(ids, special), generator=generator
         )
-        total, loss = int(chosen.sum()), 0.0  # of all processes
-        torch.manual_seed(seed + 1 + RANK)  # for dropout, which differs
+        total, loss = int(chosen.sum()), 0.0  # total: in all processes
+        torch.manual_seed(seed + 1 + RANK)  # another dropout in each process
         n = max(1, settings.max_tokens // settings.length)
         shares = (t[RANK::WORLD_SIZE].to(model.decoder.device) for t in (masked, ids, chosen))
         for part in zip(*(share.split(n) for share in shares), strict=True):
@@ -334,7 +337,7 @@ def mntp(model: LLM2Vec, documents: Sequence[str], settings: MNTPSettings) -> Ta
 def blocks_of(model: LLM2Vec, documents: Sequence[str], settings: Settings) -> Tensor:
     """Token ids of documents in random order, end to end, cut into blocks: (number, length).
 
-    Only as many documents are tokenised as the run will read.
+    Only the documents that the run will read are tokenised.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
@@ -350,17 +353,17 @@ def blocks_of(model: LLM2Vec, documents: Sequence[str], settings: Settings) -> T
 @dataclass
 class EncoderSettings(Settings):
     pooling: str | None = setting(
-        "how states become a vector; default: as the folder says, else mean", None, llm2vec.POOLING
+        "pooling of states to a vector; default: from the folder, else mean", None, llm2vec.POOLING
     )
     include_prompt: bool | None = setting(
-        "pool over BOS, template and instruction too, as all servers do; default: as the folder",
+        "pool BOS, template and instruction too, as all servers do; default: from the folder",
         None,
     )
 
     def for_model(self, model: LLM2Vec) -> "EncoderSettings":
         whole = model.include_prompt if self.include_prompt is None else self.include_prompt
-        known = {"pooling": self.pooling or model.pooling, "include_prompt": whole}
-        return replace(super().for_model(model), **known)
+        options = {"pooling": self.pooling or model.pooling, "include_prompt": whole}
+        return replace(super().for_model(model), **options)
 
 
 @dataclass
@@ -370,14 +373,13 @@ class ContrastiveSettings(EncoderSettings):
 
 @dataclass
 class SimCSESettings(ContrastiveSettings, CorpusSettings):
-    split: str = setting("what is a text to learn from", "sentence", ("sentence", "line"))
+    split: str = setting("take each sentence or line as a text", "sentence", ("sentence", "line"))
 
 
 def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -> Task:
     """Teach a model that a sentence is like itself and unlike others.
 
-    Equal sentences of the corpus count as one, so that no batch holds a sentence as its own
-    negative.
+    Equal sentences of the corpus count as one, so that no sentence of a batch is its own negative.
     """
     split = str.splitlines if settings.split == "line" else sentences
     texts = dict.fromkeys(text.strip() for document in documents for text in split(document))
@@ -385,8 +387,8 @@ def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -
     if len(texts) < 2:
         raise ValueError("the corpus has fewer than two different sentences: nothing to contrast")
     if settings.batch < 2:
-        raise ValueError(f"--batch {settings.batch}: a sentence alone has nothing to be told from")
-    as_trained(model, texts, settings)
+        raise ValueError(f"--batch {settings.batch}: a sentence needs others as its negatives")
+    apply_settings(model, texts, settings)
 
     def backward(batch: list[str], step: int) -> tuple[float, int]:
         rows = 2 * model.rows(batch, max_length=settings.length)  # two dropout views
@@ -400,46 +402,48 @@ def simcse(model: LLM2Vec, documents: Sequence[str], settings: SimCSESettings) -
     return [texts], backward
 
 
-def as_trained(model: LLM2Vec, texts: Sequence[str], settings: EncoderSettings) -> None:
-    """Pool as the settings say, and read at least as many tokens of a text as training does."""
+def apply_settings(model: LLM2Vec, texts: Sequence[str], settings: EncoderSettings) -> None:
+    """Set the pooling of a model, and its max_length to at least that of training."""
     model.pooling, model.include_prompt = settings.pooling, settings.include_prompt
     model.max_length = max(model.max_length, settings.length)
     rows = model.rows(texts[:: math.ceil(len(texts) / 10_000)], max_length=2**31)
-    lengths = sorted(len(ids) for ids, _ in rows)  # of ten thousand, at most
+    lengths = sorted(len(ids) for ids, _ in rows)  # at most ten thousand texts
     cut = sum(n > settings.length for n in lengths) / len(lengths)
-    of = f"of {lengths[len(lengths) // 2]} tokens in the median and at most {lengths[-1]}"
-    log(f"{len(texts)} texts, {of}; {cut:.1%} are cut at --length {settings.length}")
+    summary = f"of {lengths[len(lengths) // 2]} tokens in the median and at most {lengths[-1]}"
+    log(f"{len(texts)} texts, {summary}; {cut:.1%} are cut at --length {settings.length}")
 
 
 def known_right(texts: Sequence[str], rows: Sequence[tuple[list, list]], n: int) -> Tensor:
-    """Candidates that are no wrong answer to a query, and not its own: (n, candidates) booleans.
+    """Right answers to a query, except its positive: (n, candidates) booleans.
 
-    Of n queries, their n positives and any number of negatives, in this order. Right are the
-    query's own text, as it is or as it is cut, and the positives of pairs with the same query.
+    texts and rows hold n queries, their n positives and any number of negatives, in this order.
+    The right answers are the text of the query itself, whole or cut, and the positives of pairs
+    with the same query.
     """
     seen, names, right = {}, [], {}
-    for text, (ids, own) in zip(texts, rows, strict=True):
-        cut = tuple(i for i, is_own in zip(ids, own, strict=True) if is_own)
+    for text, (ids, pooled) in zip(texts, rows, strict=True):
+        cut = tuple(i for i, is_pooled in zip(ids, pooled, strict=True) if is_pooled)
         names.append({seen.setdefault(name, len(seen)) for name in (text, cut)})
     queries = [tuple(ids) for ids, _ in rows[:n]]
     for i, query in enumerate(queries):
         right.setdefault(query, set()).update(names[i] | names[n + i])
-    known = [[not right[query].isdisjoint(name) for name in names[n:]] for query in queries]
-    return torch.tensor(known).fill_diagonal_(False)
+    table = [[not right[query].isdisjoint(name) for name in names[n:]] for query in queries]
+    return torch.tensor(table).fill_diagonal_(False)
 
 
 def backward_through_encoder(
     model: LLM2Vec, rows: list, loss_of: Callable[[Tensor], Tensor], max_tokens: int
 ) -> tuple[float, int]:
-    """Gradients of a contrastive batch; this process's share of its loss, and its tokens.
+    """Compute the gradients of a contrastive batch.
 
-    loss_of takes the vectors of all rows, (len(rows), d), in their order. Rows of like length are
-    encoded together. A batch of more than max_tokens, or shared by processes, goes to `gradcache`.
+    Returns this process's share of the loss, and the number of tokens in the batch. loss_of takes
+    the vectors of all rows, (len(rows), d), in their order. Rows of similar length are encoded
+    together. A batch of more than max_tokens, or shared by processes, goes to `gradcache`.
     """
     lengths = [len(ids) for ids, _ in rows]
     mine = sorted(range(len(rows)), key=lambda i: -lengths[i])[RANK::WORLD_SIZE]
-    least = llm2vec.min_batch_tokens(model.decoder)
-    by_length = llm2vec.batches_by_length([lengths[i] for i in mine], max_tokens, least)
+    min_tokens = llm2vec.min_batch_tokens(model.decoder)
+    by_length = llm2vec.batches_by_length([lengths[i] for i in mine], max_tokens, min_tokens)
     parts = [[mine[i] for i in part] for part in by_length]
     padded = sum(len(part) * lengths[part[0]] for part in parts)
     if WORLD_SIZE > 1 or padded > max_tokens:
@@ -470,8 +474,8 @@ def gradcache(
         for part in parts:
             vectors[part] = vectors_of(part)
     if WORLD_SIZE > 1:
-        torch.distributed.all_reduce(vectors)  # of zeros, and the vectors of one process each
-    loss = loss_of(vectors.requires_grad_()) / WORLD_SIZE  # which is the same in all of them
+        torch.distributed.all_reduce(vectors)  # in each process, the others' vectors are zeros
+    loss = loss_of(vectors.requires_grad_()) / WORLD_SIZE  # the same in all processes
     loss.backward()
     for part in parts:
         vectors_of(part).backward(WORLD_SIZE * vectors.grad[part])
@@ -485,81 +489,81 @@ def gradcache(
 class SupervisedSettings(ContrastiveSettings):
     pairs: list[str] = setting(
         "JSON lines or .csv with query, positive, perhaps negative and instruction (or the names "
-        "that other trainers have for them), or a folder of such files (default: bundled pairs)",
+        "that other trainers use), or a folder of such files (default: bundled pairs)",
         [],
         same_result=True,
     )
     instructions: list[str] = setting(
-        "in front of the queries: one for each of --pairs, or one for all", [], same_result=True
+        "text before the queries: one for each of --pairs, or one for all", [], same_result=True
     )
 
 
 def supervised(
     model: LLM2Vec, datasets: Sequence[Sequence[dict]], settings: SupervisedSettings
 ) -> Task:
-    """Teach a model that a query is like what answers it.
+    """Teach a model that a query is like its answer.
 
-    datasets: of `read_pairs`. A batch comes from one of them; every positive and every hard
-    negative of the batch is a candidate for each of its queries (section 4 of the paper), but for
-    those that are known to be right. Pairs without an instruction have the encoder's own prompt.
+    datasets: from `read_pairs`. A batch comes from one of them. All positives and hard negatives
+    of the batch are candidates for each of its queries (section 4 of the paper), except other right
+    answers to the query. A pair without an instruction gets the encoder's prompt.
     """
     sides = [[p["query"], p["positive"], *p["negatives"]] for pairs in datasets for p in pairs]
     if settings.batch < 2 and max(map(len, sides)) == 2:
-        raise ValueError(f"--batch {settings.batch}: without negatives, nothing to contrast")
-    as_trained(model, [text for side in sides for text in side], settings)
+        raise ValueError(f"--batch {settings.batch}: a pair without negatives needs another")
+    apply_settings(model, [text for side in sides for text in side], settings)
     for name, key in (("query", "instruction"), ("document", "answer_instruction")):
-        leads = {pair.get(key) or "" for pairs in datasets for pair in pairs}
-        if len(leads) == 1 and leads != {""}:
-            model.prompts[name] = prompt_prefix(leads.pop(), model.separator)
-    before = {name: model.prompts.get(name) for name in ("query", "document")}
+        instructions = {pair.get(key) or "" for pairs in datasets for pair in pairs}
+        if len(instructions) == 1 and instructions != {""}:
+            model.prompts[name] = prompt_prefix(instructions.pop(), model.separator)
+    prompts = {name: model.prompts.get(name) for name in ("query", "document")}
 
     def backward(pairs: list[dict], step: int) -> tuple[float, int]:
-        texts = [(p["query"], p["instruction"] or before["query"]) for p in pairs]
+        texts = [(p["query"], p["instruction"] or prompts["query"]) for p in pairs]
         answers = [(p["positive"], p.get("answer_instruction")) for p in pairs]
         answers += [(n, p.get("answer_instruction")) for p in pairs for n in p["negatives"]]
-        texts += [(text, lead or before["document"]) for text, lead in answers]
-        rows = [model.rows([text], lead, settings.length)[0] for text, lead in texts]
-        known = known_right([text for text, _ in texts], rows, len(pairs)).to(model.decoder.device)
+        texts += [(text, prompt or prompts["document"]) for text, prompt in answers]
+        rows = [model.rows([text], prompt, settings.length)[0] for text, prompt in texts]
+        right = known_right([text for text, _ in texts], rows, len(pairs)).to(model.decoder.device)
 
         def loss_of(vectors: Tensor) -> Tensor:
             query, positive = vectors[: 2 * len(pairs)].chunk(2)
             negative = vectors[2 * len(pairs) :]
-            return contrastive_loss(query, positive, negative, settings.scale, known)
+            return contrastive_loss(query, positive, negative, settings.scale, right)
 
         return backward_through_encoder(model, rows, loss_of, settings.max_tokens)
 
     return datasets, backward
 
 
-# --- All that the program knows of a stage -----------------------------------------------------
+# --- The table of stages -----------------------------------------------------------------------
 
 
 class Stage(NamedTuple):
-    task: Callable[[LLM2Vec, Any, Any], Task]  # of a model, its data and the settings
+    task: Callable[[LLM2Vec, Any, Any], Task]  # from a model, its data and the settings
     help: str
     read: Callable[[Any], Any]  # the data that the settings name
-    presets: dict[str, Settings]  # the first is the default; `train.py` alone takes `tiny`
-    encoder: bool = True  # whether an encoder is written beside the adapter
+    presets: dict[str, Settings]  # the first is the default; `train.py` without a stage: `tiny`
+    encoder: bool = True  # write an encoder, too, not only the adapter
 
     def run(self, model: LLM2Vec, data: Any, settings: Settings, folder: Path) -> None:
-        """Train the stage's adapter on a model, in `folder`, and merge it."""
+        """Train the adapter of the stage on a model, write it to `folder`, and merge it."""
         settings = settings.for_model(model)
         if settings.dev and len(set(benchmarks.read_sts(settings.dev)[0])) == 1:
-            raise ValueError(f"{settings.dev}: all scores are equal, there is nothing to rank")
-        torch.manual_seed(settings.seed)  # of modules that the task adds
+            raise ValueError(f"{settings.dev}: all scores are equal, nothing to rank")
+        torch.manual_seed(settings.seed)  # for modules that the task adds
         datasets, backward = self.task(model, data, settings)
         fit(model, datasets, backward, settings, folder)
         model.heads.clear()
 
 
-# Each preset `paper` has the numbers of the paper's appendix. `tiny` is for the bundled model: so
-# small a model needs high rates, and more dropout, or it solves the task of SimCSE at once.
-# `laptop` is for SmolLM2-135M on two cores, and was chosen on STS-B dev. At a scale of 20 the loss
-# of SimCSE is nothing within ten steps; at 10 there is something to learn for longer. `gpu` is for
-# the same model and seven minutes of an H200, with the paper's steps and batches of MNTP.
-# `one-word` is for a causal instruct model with the template one-word-example. It trains the last
-# norm alone, a number for each dimension: the few dimensions in which all answers are alike then
-# count for less. Adapters at the rates above lose what the prompt knows.
+# `paper` has the numbers of the paper's appendix. `tiny` is for the bundled model: such a small
+# model needs high learning rates, and more dropout, or it solves the task of SimCSE at once.
+# `laptop` is for SmolLM2-135M on two cores, and was chosen on STS-B dev. With a scale of 20 the
+# loss of SimCSE is nothing within ten steps; with 10 the model learns for longer. `gpu` is for the
+# same model and seven minutes of an H200, with the paper's steps and batches of MNTP. `one-word` is
+# for a causal instruct model with the template one-word-example. It trains only the last norm, a
+# number for each dimension: the few dimensions in which all answers are alike then count for less.
+# Adapters at the rates above lose the effect of the prompt.
 SMOLLM2 = {"attention_dropout": 0.3, "dropout": 0.0, "scale": 10.0}
 ONE_WORD = {"pooling": "last", "targets": ["norm"], "attention_dropout": 0.1, "dropout": 0.0}
 STAGES = {
@@ -577,7 +581,7 @@ STAGES = {
     ),
     "simcse": Stage(
         simcse,
-        "Step 3: unsupervised contrastive learning; writes the encoder too.",
+        "Step 3: unsupervised contrastive learning; also writes the encoder.",
         read_corpus,
         {
             "paper": SimCSESettings(128, 128, lr=3e-5, attention_dropout=0.3),
@@ -589,7 +593,7 @@ STAGES = {
     ),
     "supervised": Stage(
         supervised,
-        "The fourth stage: contrastive learning on pairs; writes the encoder too.",
+        "The fourth stage: contrastive learning on pairs; also writes the encoder.",
         lambda settings: read_pairs(settings.pairs or [PAIRS], settings.instructions or [None]),
         {
             "paper": SupervisedSettings(512, 512, lr=2e-4, warm_up=0.3, decay_epochs=3, scale=50.0),
@@ -603,11 +607,11 @@ STAGES = {
 # --- Commands ----------------------------------------------------------------------------------
 
 
-def load_for_training(args: argparse.Namespace, **how) -> LLM2Vec:
-    """The model that the flags name; in bfloat16 where the hardware has it, a CPU's too."""
+def load_for_training(args: argparse.Namespace, **options) -> LLM2Vec:
+    """The model that the flags name, in bfloat16 if the hardware (also a CPU) has it."""
     if args.dtype is None and llm2vec.has_bfloat16(args.device or llm2vec.default_device()):
-        how["dtype"] = torch.bfloat16
-    return llm2vec.load(args, **how)
+        options["dtype"] = torch.bfloat16
+    return llm2vec.load(args, **options)
 
 
 def settings_of(stage: str, args: argparse.Namespace) -> Settings:
@@ -626,30 +630,30 @@ def run_stage(args: argparse.Namespace) -> None:
     stage, settings = STAGES[args.command], settings_of(args.command, args)
     output = Path(args.output)
     if args.quantize and args.compile:  # torch would keep decoded weights for the backward pass
-        raise ValueError("--compile: not with --quantize nf4, whose 4 bits it would undo")
+        raise ValueError("--compile: not with --quantize nf4: decoded weights would stay in memory")
     data = stage.read(settings)
     model = load_for_training(args, **({"device": "cpu"} if args.quantize else {}))
-    if args.quantize:  # what does not fit on a GPU as it is
+    if args.quantize:  # the whole model may not fit on the GPU
         lora.quantize_nf4(model, args.device or llm2vec.default_device())
     if args.train_adapter:
         lora.load_adapter(model, args.train_adapter)
     on_main(lambda: clear(output, args.overwrite))
     stage.run(model, data, settings, output)
-    log(f"What was trained is in {output}")
+    log(f"The trained weights are in {output}")
     if stage.encoder and RANK == 0:
-        if args.quantize:  # merge into the weights as they were
-            how = {"adapters": [*args.adapters, output], "device": "cpu"}
-            model.cpu().decoder = load_for_training(args, **how).decoder
+        if args.quantize:  # merge into the original weights
+            options = {"adapters": [*args.adapters, output], "device": "cpu"}
+            model.cpu().decoder = load_for_training(args, **options).decoder
         save_encoder(model, output / "encoder")
 
 
 def run_everything(args: argparse.Namespace) -> None:
-    """The stages in order, scored before and after each; by default on the bundled tiny Llama."""
+    """Train the stages in order, with scores before and after each; default: the bundled Llama."""
     output, held_out = Path(args.output), benchmarks.held_out_of(args.corpus or WIKIPEDIA)
 
     def score(name: str, model: LLM2Vec, training: float = 0.0, **seed: int) -> None:
         start, which, files = time.monotonic(), ("sts", "masked"), benchmarks.STSB_TEST
-        if args.compare:  # the states of words do not depend on how a text is pooled
+        if args.compare:  # the states of words do not depend on the pooling
             plain = type(model) is LLM2Vec and model.pooling == "mean"
             which = benchmarks.BENCHMARKS if plain else ("sts", "articles")
             files = benchmarks.STS_FILES
@@ -682,18 +686,18 @@ def run_everything(args: argparse.Namespace) -> None:
             train(f"+ {stage}", model, stage, folder / stage)
         if folder == output:
             save_encoder(model, output / "encoder")
-        model = baseline = None  # room for another one
+        model = baseline = None  # free the memory for the next model
         for name, is_causal, pooling in compare.CONTROLS if args.compare else ():
             control = load_for_training(args, is_causal=is_causal)
-            where = folder / compare.folder_name(name)
-            train(name, control, "simcse", where, pooling=pooling)
+            control_folder = folder / compare.folder_name(name)
+            train(name, control, "simcse", control_folder, pooling=pooling)
             del control
     write_json(output / "results.json", {"runs": [run]})
     print(f"\n{compare.table(compare.over_seeds(run['rows']))}")
 
 
 def clear(folder: Path, overwrite: bool) -> None:
-    """With --overwrite, remove a run folder, and never any other."""
+    """With --overwrite, remove a folder, if it is a run folder."""
     if overwrite and (folder / "settings.json").exists():
         shutil.rmtree(folder)
 
@@ -709,35 +713,36 @@ def save_encoder(model: LLM2Vec, folder: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python train.py",
-        description="Turn a causal language model into a text encoder. Without a command: the "
-        "stages in order, by default on the bundled tiny Llama, in minutes.",
+        description="Turn a causal language model into a text encoder. Without a stage: MNTP and "
+        "SimCSE, or --stages, by default on the bundled tiny Llama, in minutes.",
     )
-    overwrite = {"action": "store_true", "help": "start anew instead of going on"}
+    overwrite = {"action": "store_true", "help": "delete the run folder and start again"}
     add = top.add_argument
     llm2vec.add_model_flags(top, default=TINY)
-    add("--stages", nargs="+", choices=STAGES, default=["mntp", "simcse"], help="in this order")
+    text = "stages in order (default: mntp simcse)"
+    add("--stages", nargs="+", choices=STAGES, default=["mntp", "simcse"], help=text)
     add("--preset", default="tiny", choices=STAGES["mntp"].presets, help="(default: %(default)s)")
     add("--corpus", help=CORPUS)
     add("--output", default="runs/tiny", help="run folder (default: %(default)s)")
     add("--steps", type=int, help="steps of each stage (default: its settings)")
-    text = "train with each, later ones in folders of their own; print mean and range (default: 0)"
+    text = "train with each seed, each in its folder; print mean and range (default: 0)"
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
-    add("--compare", action="store_true", help="with every benchmark, baseline and control")
+    add("--compare", action="store_true", help="add all benchmarks, baselines and controls")
     add("--overwrite", **overwrite)
     top.set_defaults(run=run_everything)
     commands = top.add_subparsers(dest="command", title="stages", metavar="STAGE")
     for name, stage in STAGES.items():
         usage = f"python train.py {name} --model MODEL --output RUN [options]"
-        how = {"description": stage.help, "usage": usage, "allow_abbrev": False}
-        command = commands.add_parser(name, help=stage.help, **how)
+        options = {"description": stage.help, "usage": usage, "allow_abbrev": False}
+        command = commands.add_parser(name, help=stage.help, **options)
         command.set_defaults(run=run_stage)
         add = command.add_argument
         llm2vec.add_model_flags(command, required=True)
-        text = "an adapter that goes on training, with its own rank and dropout, not a fresh one"
+        text = "adapter to train further, with its rank and dropout, instead of a fresh one"
         add("--train-adapter", metavar="ADAPTER", help=text)
         text = "keep the frozen weights in 4 bits while training (nf4): for a small GPU"
         add("--quantize", choices=("nf4",), help=text)
-        add("--output", required=True, help="run folder; a run that is there goes on")
+        add("--output", required=True, help="run folder; an unfinished run in it is resumed")
         add("--overwrite", **overwrite)
         first = next(iter(stage.presets))
         add("--preset", default=first, choices=stage.presets, help="(default: %(default)s)")

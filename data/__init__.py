@@ -1,4 +1,4 @@
-"""What goes into an encoder and what comes out: text, checkpoints, runs, scores, exported folders.
+"""The input and output of an encoder: text, checkpoints, runs, scores, exported folders.
 
-Installed, the package is called llm2vec_data, for many projects have a `data` of their own.
+The installed package is called llm2vec_data, because many projects have a folder `data`.
 """

@@ -1,4 +1,4 @@
-"""Rows of tokens in batches, as the hardware likes them."""
+"""Batches of token rows that the hardware computes fast."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,28 +13,28 @@ def pad(rows: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Te
 
 
 def batches_by_length(
-    lengths: Sequence[int], max_tokens: int, least: int = 256
+    lengths: Sequence[int], max_tokens: int, min_tokens: int = 256
 ) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, each of at most max_tokens with padding.
+    """Indices in batches of similar length, longest first, each of at most max_tokens with padding.
 
-    What is longer than that is a batch by itself. A text shorter than 7/8 of the longest starts a
-    new batch, if this one has `least` tokens.
+    A longer text is a batch by itself. A text shorter than 7/8 of the longest one starts a new
+    batch, if this one has min_tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         longest = lengths[order[0]]
         most = max(1, max_tokens // longest)
         alike = sum(8 * lengths[i] >= 7 * longest for i in order[:most])
-        n = max(alike, min(most, least // longest))
+        n = max(alike, min(most, min_tokens // longest))
         yield order[:n]
         order = order[n:]
 
 
 def min_batch_tokens(decoder: nn.Module) -> int:
-    """Tokens of a pass, fewer of which would take as long.
+    """Below this many tokens, a smaller batch is no faster.
 
-    With fewer, a GPU waits for some hundred kernels of each layer to be launched, not for the
-    arithmetic, of which each token needs as much as a layer has numbers.
+    With fewer tokens, a GPU waits for the launch of some hundred kernels in each layer, not for
+    arithmetic. The arithmetic of a token is proportional to the parameters of a layer.
     """
     if decoder.device.type == "cpu":
         return 256
@@ -42,11 +42,11 @@ def min_batch_tokens(decoder: nn.Module) -> int:
 
 
 def compile_layers(decoder: nn.Module) -> None:
-    """Have torch.compile fuse what each layer does between its matrix products.
+    """Let torch.compile fuse the operations between the matrix products of each layer.
 
-    On an H100, an MNTP step of a 7B model then takes 0.77 of the time, encoding 0.85. How compiled
-    code rounds depends on its first batch: a run that is resumed does not end with the same bits.
+    On an H100, an MNTP step of a 7B model then takes 0.77 of the time, encoding 0.85. The rounding
+    of compiled code depends on its first batch: a resumed run does not end with the same bits.
     """
-    torch._dynamo.config.cache_size_limit = 64  # a layer compiled too often is not compiled at all
+    torch._dynamo.config.cache_size_limit = 64  # a layer compiled more often is not compiled at all
     for layer in decoder.layers:  # dynamic: batches differ in length
         layer.compile(dynamic=True, options={"fallback_random": True})  # dropout as uncompiled

@@ -1,15 +1,15 @@
-"""Scores of an encoder: similar sentences, found articles, topics, words, hidden tokens.
+"""Scores of an encoder: similar sentences, found articles, topics, words, masked tokens.
 
     python -m data.benchmarks --model MODEL [--adapters ...] [--baselines] [--output FILE]
 
     sts               Spearman's rho of cosines against human judgements, by task
     articles          Wikipedia: description to introduction, and topics
     words             a linear classifier on frozen word vectors: parts of speech, entities
-    masked_accuracy   hidden tokens named rightly
+    masked_accuracy   masked tokens predicted correctly
     evaluate          all of these, as scores by name
 
-Nothing is chosen by looking at a test set: the probes' one free number, how strongly they are
-regularised, is chosen on a part of their own training data.
+Nothing is chosen on a test set: the one free number of the probes, the strength of regularisation,
+is chosen on a part of their training data.
 """
 
 import argparse
@@ -53,18 +53,18 @@ STS_FILES = [*sorted(STS.glob("sts1*.tsv")), STSB_TEST]
 WORDS = Path(__file__).parent / "words"
 EWT = WORDS / "ewt-pos-dev.tsv", WORDS / "ewt-pos-test.tsv"
 WNUT = WORDS / "wnut17-ner-train.tsv", WORDS / "wnut17-ner-dev.tsv"
-COLUMNS = {"POS": EWT, "NER": WNUT}  # by score: trained on, tested on
+COLUMNS = {"POS": EWT, "NER": WNUT}  # by score: training file, test file
 
 
 def read_lines(path: str | Path, expected: str, parse: Callable[[str], Any]) -> list:
-    """What `parse` makes of each line; an error names the file, the line and what was expected."""
+    """Call `parse` on each line of a file; an error names the file, the line and `expected`."""
     found = []
     for number, line in enumerate(lines_of(path), start=1):
         try:
             found.append(parse(line.decode("utf-8-sig").rstrip("\r\n")))
         except Exception:
-            what = f"expected {expected}, got {line!r:.60}"
-            raise ValueError(f"{path}, line {number}: {what}") from None
+            message = f"expected {expected}, got {line!r:.60}"
+            raise ValueError(f"{path}, line {number}: {message}") from None
     return found
 
 
@@ -100,33 +100,33 @@ def sts(encoder: LLM2Vec, files: str | Path | Sequence[str | Path] = STSB_TEST) 
     """Score an encoder on files of sentence pairs.
 
     Files named sts12-*.tsv make one task, STS12, and so on; any other file is a task of its name.
-    Each task's score is Spearman's rho of cosine against gold over all of its pairs together (`all`
-    in the SimCSE paper, Gao et al. 2021, appendix B); `STS` is the mean of several tasks. For tasks
-    named stsb also `alignment`, the mean squared distance of pairs with a gold score of 4 or more,
-    and `uniformity`, the log of the mean of exp(-2 squared distance) over all pairs of sentences,
-    both on unit vectors, lower is better (Wang & Isola 2020, arXiv 2005.10242).
+    The score of a task is Spearman's rho of cosine against gold over all of its pairs together
+    (`all` in the SimCSE paper, Gao et al. 2021, appendix B); `STS` is the mean of several tasks.
+    Tasks named stsb also give `alignment`, the mean squared distance of pairs with a gold score of
+    4 or more, and `uniformity`, the log of the mean of exp(-2 squared distance) over all pairs of
+    sentences. Both are on unit vectors; lower is better (Wang & Isola 2020, arXiv 2005.10242).
     """
     tasks: dict[str, tuple[list, list, list]] = {}
     for file in [files] if isinstance(files, (str, Path)) else files:
         stem = Path(file).stem
         name = re.sub(r"^sts(\d\d)(-.*)?$", r"STS\1", stem)
         if name in tasks and name == stem:
-            raise ValueError(f"{file}: a second file named {name}: its score would take its name")
+            raise ValueError(f"{file}: a second file named {name}: two scores with one name")
         task = tasks.setdefault(name, ([], [], []))
         for all_of_it, more in zip(task, read_sts(file), strict=True):
             all_of_it.extend(more)
     texts = list(dict.fromkeys(t for _, a, b in tasks.values() for t in (*a, *b)))
-    place = {text: i for i, text in enumerate(texts)}
+    index = {text: i for i, text in enumerate(texts)}
     unit, scores = unit_vectors(encoder, texts), {}
     for name, (gold, *sides) in tasks.items():
-        left, right = ([place[text] for text in side] for side in sides)
+        left, right = ([index[text] for text in side] for side in sides)
         a, b = unit[left], unit[right]
         scores[name] = spearman((a * b).sum(1), gold)
         if name.startswith("stsb"):
             close = np.array(gold) >= 4
             distance = ((a - b) ** 2).sum(1)[close]
-            own = unit[np.union1d(left, right)]
-            pairs = (own @ own.T)[np.triu_indices(len(own), 1)]
+            vectors = unit[np.union1d(left, right)]
+            pairs = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
             scores["alignment"] = float(distance.mean()) if close.any() else float("nan")
             scores["uniformity"] = float(np.log(np.exp(-4 + 4 * pairs).mean()))
     if len(tasks) > 1:
@@ -154,7 +154,7 @@ def articles(
     """Score an encoder on encyclopaedia articles, see `read_articles`.
 
     Retrieval: the description of each held-out article (see `split_documents`) has to find its text
-    among `candidates`, the rest of which are articles trained on: recall@1, recall@10, nDCG@10.
+    among `candidates`; the other candidates are training articles. Recall@1, recall@10, nDCG@10.
     Topics: the accuracy, on held-out articles, of a linear probe that was trained on the other
     candidates.
     """
@@ -166,8 +166,8 @@ def articles(
     chosen = held + [rest[int(i)] for i in spread]
     vectors = unit_vectors(encoder, [record["text"] for record in chosen])
 
-    said = [record["description"].lower() for record in chosen]
-    queries = [i for i in range(len(held)) if said.count(said[i]) == 1]
+    descriptions = [record["description"].lower() for record in chosen]
+    queries = [i for i in range(len(held)) if descriptions.count(descriptions[i]) == 1]
     found = unit_vectors(encoder, [chosen[i]["description"] for i in queries]) @ vectors.T
     relevance = np.arange(len(chosen)) == np.array(queries)[:, None]
     scores = {f"recall@{k}": recall(relevance, found, k) for k in (1, 10)}
@@ -187,8 +187,8 @@ def articles(
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
     """Labels for x_test (M, d) by multinomial logistic regression on x (N, d), y (N,): (M,).
 
-    On standardised features. The weight of the squared norm is the one of four powers of ten that
-    predicts every fifth example of the training data best, by cross-entropy.
+    Features are standardised. The weight of the squared norm is the best of four powers of ten, by
+    cross-entropy on every fifth example of the training data.
     """
     mean, spread = x.mean(0), x.std(0).clamp_min(1e-6)
     x, x_test = (x - mean) / spread, (x_test - mean) / spread
@@ -197,8 +197,8 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
         linear = nn.Linear(x.shape[1], classes, device=x.device)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-        how = {"max_iter": 50, "history_size": 10, "line_search_fn": "strong_wolfe"}
-        search = torch.optim.LBFGS(linear.parameters(), **how)
+        options = {"max_iter": 50, "history_size": 10, "line_search_fn": "strong_wolfe"}
+        search = torch.optim.LBFGS(linear.parameters(), **options)
 
         def loss() -> Tensor:
             search.zero_grad()
@@ -222,7 +222,7 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> Tensor:
 def read_columns(path: str | Path) -> list[tuple[list[str], list[str]]]:
     """The words and labels of each sentence of a CoNLL-style file, first and last column.
 
-    A word a line, columns set apart by tabs (else by spaces), a blank line behind each sentence.
+    One word a line, columns separated by tabs (else by spaces), a blank line after each sentence.
     """
     widths = set()
 
@@ -247,9 +247,9 @@ def words(
 ) -> dict[str, float]:
     """Score frozen word states with a linear probe, trained on one column file, tested on another.
 
-    The paper's section 3.1. Labels that start with B- or I- are entities, scored by F1; others are
-    tags, scored by accuracy. Two scores: `name`, at a word's own tokens, and `name, i-1`, at the
-    tokens before, which the paper reads after MNTP.
+    See the paper's section 3.1. Labels that start with B- or I- are entities, scored by F1; others
+    are tags, scored by accuracy. Two scores: `name`, at the tokens of a word, and `name, i-1`, at
+    the tokens before them, which the paper uses after MNTP.
     """
     name, sides = name or Path(test).stem, [read_columns(file) for file in (train, test)]
     labels = [label for side in sides for _, labels in side for label in labels]
@@ -258,23 +258,23 @@ def words(
     states = [word_states(encoder, [words for words, _ in side]) for side in sides]
     ends = np.cumsum([len(labels) for _, labels in sides[1]])[:-1]
     scores = {}
-    for place, *x in zip((name, f"{name}, i-1"), *states, strict=True):
+    for score, *x in zip((name, f"{name}, i-1"), *states, strict=True):
         x, x_test = (side.to(y.device) for side in x)
         guess = linear_probe(x, y[: len(x)], x_test, len(kinds)).cpu().numpy()
-        gold, said = kinds[labels[len(x) :]], kinds[guess]
+        gold, guess = kinds[labels[len(x) :]], kinds[guess]
         if any(kind.startswith(("B-", "I-")) for kind in kinds):
-            scores[place] = entity_f1(np.split(gold, ends), np.split(said, ends))
+            scores[score] = entity_f1(np.split(gold, ends), np.split(guess, ends))
         else:
-            scores[place] = float((gold == said).mean())
+            scores[score] = float((gold == guess).mean())
     return scores
 
 
-# --- Hidden tokens -----------------------------------------------------------------------------
+# --- Masked tokens -----------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def masked_accuracy(encoder: LLM2Vec, blocks: Tensor, mask_id: int) -> float:
-    """Share of hidden tokens that the model names, reading each off the state in front of it.
+    """Share of masked tokens that the model predicts, each from the state before it.
 
     blocks: (N, T) token ids. A fifth of them, the same in every call, becomes mask_id.
     """
@@ -304,7 +304,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores by name; masked tokens are those of the held-out documents."""
     scores, masked = {}, {}
-    if "masked" in benchmarks and model.decoder.can_predict:  # first, to say early what is wrong
+    if "masked" in benchmarks and model.decoder.can_predict:  # first: its errors come early
         rows = (e.ids for e in model.tokenizer.encode_batch(list(held_out)))
         blocks = cut_into_blocks(rows, length=128, limit=256)
         masked["masked tokens"] = masked_accuracy(model, blocks, mask_id_of(model))
@@ -318,7 +318,7 @@ def evaluate(
 
 
 def mask_id_of(model: LLM2Vec, token: str = "_") -> int:
-    """The id of the token that hides others; the paper takes the plain token `_`."""
+    """The id of the mask token; the paper uses the plain token `_`."""
     mask_id = model.tokenizer.token_to_id(token)
     if mask_id is None:
         raise ValueError(f"the mask token {token!r} is not in the vocabulary of the tokenizer")
@@ -328,7 +328,7 @@ def mask_id_of(model: LLM2Vec, token: str = "_") -> int:
 def held_out_of(corpus: str | Path) -> list[str]:
     _, held_out = split_documents(read_documents(corpus))
     if not held_out:
-        raise ValueError(f"{corpus}: none of its documents is held out, which is one in fifty")
+        raise ValueError(f"{corpus}: none of its documents is held out (about one in fifty is)")
     return held_out
 
 
@@ -342,12 +342,13 @@ def main() -> None:
     add("--sts", nargs="+", default=STS_FILES, metavar="FILE", help=text)
     text = "column files to probe words with (default: EWT tags and WNUT-17 entities)"
     add("--words", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"), help=text)
-    add("--corpus", default=WIKIPEDIA, help="of whose held-out documents tokens are masked")
-    add("--pooling", choices=POOLING, help="(default: as the folder says, else mean)")
+    text = "text to mask tokens in: its held-out documents (default: bundled Wikipedia)"
+    add("--corpus", default=WIKIPEDIA, help=text)
+    add("--pooling", choices=POOLING, help="(default: from the folder, else mean)")
     add("--baselines", action="store_true", help="score the baselines of the causal model too")
-    text = "name of the row (default: + and the last adapter's folder, or else the model's folder)"
+    text = "name of the row (default: + and the last adapter's folder, else the model's folder)"
     add("--name", help=text)
-    text = "results file to write; in one of the same weights, rows of these names are replaced"
+    text = "results file to write, or to add to; rows of the same names are replaced"
     add("--output", metavar="FILE", help=text)
     args = parser.parse_args()
     held_out, adapters = held_out_of(args.corpus), [Path(adapter) for adapter in args.adapters]
@@ -355,7 +356,7 @@ def main() -> None:
     name = args.name or default
     columns = {Path(test).stem: (train, test) for train, test in args.words}
     if len(columns) < len(args.words):
-        raise ValueError("--words: two test files of one name, under which their score stands")
+        raise ValueError("--words: two test files of one name, which is the name of their score")
 
     def score(encoder: LLM2Vec, which: Sequence[str]) -> dict[str, float]:
         start = time.monotonic()

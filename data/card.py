@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what it is, how it is loaded, what to expect of it."""
+"""The README.md of an exported folder: its contents, how to load it, and its limits."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ A text encoder made from a decoder-only language model by the method of LLM2Vec
 vectors = model.encode(["A man plays a guitar.", "Someone makes music."])
 ```
 
-Its config.json says `"is_causal": {is_causal}`, which transformers honours since version 5.2.
+Its config.json has `"is_causal": {is_causal}`, which transformers reads since version 5.2.
 {older}{rounding}"""
 LOAD = """import torch
 from sentence_transformers import SentenceTransformer
@@ -46,19 +46,19 @@ model = LLM2Vec.from_pretrained("FOLDER")"""
 
 
 def model_card(encoder, name: str, for_all: bool) -> str:
-    """The card of an encoder; for_all: whether sentence-transformers gives the same vectors."""
+    """The card of an encoder. for_all: sentence-transformers gives the same vectors."""
     decoder, made_of = encoder.decoder, [str(part) for part in encoder.made_of]
     a_name = bool(made_of) and re.fullmatch(r"[\w.-]+/[\w.-]+", made_of[0])
     on_hub = a_name and not Path(made_of[0]).exists()
     dtype = str(decoder.norm.weight.dtype).removeprefix("torch.")
-    whole = "all tokens" if encoder.include_prompt else "its own tokens, without BOS and prompt"
+    whole = "all tokens" if encoder.include_prompt else "its tokens, without BOS and prompt"
     pooling = {"mean": "the mean", "weighted_mean": "the mean, weighted by position,"}
-    older = "Older versions read it as a causal model, without a word, and give other vectors.\n"
-    rounding = "The cosines of vectors in bfloat16 with those in float32 are near 1, for short\n"
-    rounding += "texts less so: compute in float32 where that counts.\n"
     ids = tokens_around(encoder.tokenizer)
     before, after = (encoder.tokenizer.decode(side, skip_special_tokens=False) for side in ids)
     around = f"{before}TEXT{after}".replace("|", "\\|")  # which would end the cell
+    older = "Older versions read it as a causal model, without a warning, and give other vectors.\n"
+    rounding = "The cosines of vectors in bfloat16 with those in float32 are near 1, less near\n"
+    rounding += "for short texts: compute in float32 if that matters.\n"
     return CARD.format(
         name=name,
         base=f"base_model: {made_of[0]}\n" if on_hub else "",

@@ -1,12 +1,12 @@
-"""Checkpoints as people have them: where one is, and what its files say.
+"""Where a checkpoint is, and how its files are read.
 
-    find_checkpoint    a folder or a name on the hub, or what is there instead
+    find_checkpoint    the folder of a checkpoint, or of a name on the hub
     read_config        config.json as the fields of a decoder
-    weight_files       its safetensors, and how a tensor is checked
+    weight_files       the safetensors of a checkpoint
     load_tokenizer     tokenizer.json, perhaps with a template around every text
-    encoder_options    how a folder is to be pooled, cut and attended
+    encoder_options    pooling, length and attention, from the files of a folder
 
-Weights are loaded in llm2vec.py, whose modules have the names of a checkpoint's tensors.
+llm2vec.py loads the weights: its modules have the names of a checkpoint's tensors.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ TINY = Path(__file__).parent / "tiny-llama"  # the bundled model
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 CHECKPOINT = ["config.json", "tokenizer*", "model*.safetensors", "model.safetensors.index.json"]
 CHECKPOINT += ["modules.json", "*_Pooling/config.json", "sentence_bert_config.json"]
-EXTRA = "extra.safetensors"  # what is or was trained beside a decoder and its adapters, by name
+EXTRA = "extra.safetensors"  # trained weights that are not adapters, by name
 CHECKPOINT += ["config_sentence_transformers.json", EXTRA]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -44,63 +44,63 @@ ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 def find_checkpoint(path_or_name: str | Path, *also: str) -> Path:
     """The folder of a checkpoint with config.json, safetensors and the files `also`.
 
-    What is no folder is a name on the Hugging Face hub, of which only the files that are needed
-    are downloaded, into huggingface_hub's cache. Raises FileNotFoundError, which says what is
-    there instead and how to make a checkpoint of it, or ValueError if the hub does not give it.
+    Any other path is a name on the Hugging Face hub: only the needed files are downloaded, into
+    huggingface_hub's cache. Raises FileNotFoundError, which says what the folder holds instead and
+    how to convert it, or ValueError if the download fails.
     """
-    folder, there = locate(path_or_name, CHECKPOINT)
-    if not there.intersection(WEIGHTS):
-        raise FileNotFoundError(f"{path_or_name}: {instead_of_weights(path_or_name, there)}")
+    folder, files = locate(path_or_name, CHECKPOINT)
+    if not files.intersection(WEIGHTS):
+        raise FileNotFoundError(f"{path_or_name}: {without_weights(path_or_name, files)}")
     for name in ("config.json", *also):
-        if name not in there:
-            what = f"{folder / name}: no such file"
-            older = there.intersection(("tokenizer.model", "vocab.json"))
+        if name not in files:
+            message = f"{folder / name}: no such file"
+            older = files.intersection(("tokenizer.model", "vocab.json"))
             if name == "tokenizer.json" and older:
-                line = converted("Tokenizer", path_or_name)
-                what += f"; to make it of {older.pop()}: {line}"
-            raise FileNotFoundError(what)
+                line = conversion("Tokenizer", path_or_name)
+                message += f"; to make it from {older.pop()}: {line}"
+            raise FileNotFoundError(message)
     return folder
 
 
-def instead_of_weights(path_or_name: str | Path, there: set[str]) -> str:
-    """What a checkpoint without model.safetensors holds, and what to do about it."""
-    kinds = {Path(name).suffix for name in there}
-    if "adapter_config.json" in there:
+def without_weights(path_or_name: str | Path, files: set[str]) -> str:
+    """The message about a checkpoint without model.safetensors: its kind, and what to do."""
+    kinds = {Path(name).suffix for name in files}
+    if "adapter_config.json" in files:
         file, base = Path(path_or_name) / "adapter_config.json", None
         if file.is_file():
             base = read_json(file).get("base_model_name_or_path")
-        return f"is an adapter: give its base as the model, {base or 'BASE'}, and it as --adapters"
+        return f"is an adapter: give its base, {base or 'BASE'}, as the model, and it as --adapters"
     if ".gguf" in kinds:
-        return "has GGUF weights: take the safetensors that they were made from"
-    if "params.json" in there or ".pth" in kinds:
-        return "is in the format of Meta or Mistral: take the folder for transformers (-hf)"
-    if any(re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", name) for name in there):
-        line = converted("ModelForCausalLM", path_or_name)
-        return f"has .bin weights, which are not read, for they can run code; to convert: {line}"
-    others = sorted(name for name in there if name.endswith(".safetensors"))
+        return "has GGUF weights: use the safetensors that they were made from"
+    if "params.json" in files or ".pth" in kinds:
+        return "is in the format of Meta or Mistral: use the folder for transformers (-hf)"
+    if any(re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", name) for name in files):
+        line = conversion("ModelForCausalLM", path_or_name)
+        return f"has .bin weights, which can run code, so they are not read; to convert: {line}"
+    others = sorted(name for name in files if name.endswith(".safetensors"))
     return "no such file: model.safetensors" + (f", but {others[0]}" if others else "")
 
 
-def converted(kind: str, path_or_name: str | Path, library: str = "transformers") -> str:
-    """The command by which a library saves anew what it reads."""
+def conversion(kind: str, path_or_name: str | Path, library: str = "transformers") -> str:
+    """The command that loads a file with a library and saves it in a newer format."""
     target = path_or_name if Path(path_or_name).is_dir() else Path(path_or_name).name
     read = f"from {library} import Auto{kind} as A; A.from_pretrained('{path_or_name}')"
     return f"python -c \"{read}.save_pretrained('{target}')\""
 
 
 def find_adapter(path_or_name: str | Path) -> Path:
-    """The folder of an adapter, or of all that a run trained; as `find_checkpoint`."""
-    folder, there = locate(path_or_name, [*ADAPTER, EXTRA])
-    if EXTRA in there and not there.intersection((*ADAPTER, *WEIGHTS)):
+    """The folder of an adapter, or of other weights that a run trained; see `find_checkpoint`."""
+    folder, files = locate(path_or_name, [*ADAPTER, EXTRA])
+    if EXTRA in files and not files.intersection((*ADAPTER, *WEIGHTS)):
         return folder  # trained without adapters
-    if "adapter_model.bin" in there and ADAPTER[1] not in there:
-        line = converted("PeftModel", path_or_name, "peft")
-        what = f"has .bin weights, which are not read, for they can run code; to convert: {line}"
-        raise FileNotFoundError(f"{path_or_name}: {what}")
-    if there.intersection(WEIGHTS) and ADAPTER[0] not in there:
+    if "adapter_model.bin" in files and ADAPTER[1] not in files:
+        line = conversion("PeftModel", path_or_name, "peft")
+        message = f"has .bin weights, which can run code, so they are not read; to convert: {line}"
+        raise FileNotFoundError(f"{path_or_name}: {message}")
+    if files.intersection(WEIGHTS) and ADAPTER[0] not in files:
         raise FileNotFoundError(f"{path_or_name}: is a whole checkpoint: give it as the model")
     for name in ADAPTER:
-        if name not in there:
+        if name not in files:
             raise FileNotFoundError(f"{folder / name}: no such file")
     return folder
 
@@ -113,41 +113,41 @@ def is_folder_or_hub_name(path_or_name: str | Path) -> bool:
 
 
 def locate(path_or_name: str | Path, patterns: list[str]) -> tuple[Path, set[str]]:
-    """A folder, or a snapshot from the hub with the files of these patterns; the names in it."""
+    """A folder, or a snapshot from the hub with the files of some patterns; the names in it."""
     folder, name = Path(path_or_name), str(path_or_name)
     if folder.is_dir():
         return folder, set(os.listdir(folder))
     if not is_folder_or_hub_name(name):
-        what = "no such folder; expected one with config.json in it, or a name on the hub"
-        raise FileNotFoundError(f"{name}: {what}")
+        message = "no such folder; expected a folder with config.json, or a name on the hub"
+        raise FileNotFoundError(f"{name}: {message}")
     with on_the_hub(f"{name}: no such folder, and it"):
         folder = Path(snapshot_download(name, allow_patterns=patterns))
-        there = set(os.listdir(folder)) if folder.is_dir() else set()
-        if not there.intersection((*WEIGHTS, *ADAPTER[1:])):
-            there |= set(HfApi().list_repo_files(name))  # to say what there is instead
-        return folder, there
+        files = set(os.listdir(folder)) if folder.is_dir() else set()
+        if not files.intersection((*WEIGHTS, *ADAPTER[1:])):
+            files |= set(HfApi().list_repo_files(name))  # for the error message
+        return folder, files
 
 
 @contextlib.contextmanager
-def on_the_hub(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong with the hub into one ValueError that says what to do."""
+def on_the_hub(subject: str) -> Iterator[None]:
+    """Turn any error of the hub into one ValueError that says what to do."""
     try:
         yield
-    except Exception as error:  # many are those of huggingface_hub's HTTP library
+    except Exception as error:  # many come from the HTTP library of huggingface_hub
         advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         if isinstance(error, GatedRepoError):
-            advice = "accept its terms on its page there, then `hf auth login`"
+            advice = "accept its terms on its page on the hub, then `hf auth login`"
         elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
             advice = "check the name; for a private repository, `hf auth login`"
         reason = " ".join(str(error.__cause__ or error).split())
-        what = f"{what} can't be downloaded from the Hugging Face hub ({reason})"
-        raise ValueError(f"{what}; {advice}") from None
+        message = f"{subject} can't be downloaded from the Hugging Face hub ({reason})"
+        raise ValueError(f"{message}; {advice}") from None
 
 
-# --- What config.json says ---------------------------------------------------------------------
+# --- config.json -------------------------------------------------------------------------------
 
-# The model types: what transformers takes where their config.json is silent, and the features that
-# set a family apart, of which config.json says nothing.
+# The model types: transformers' defaults for keys that config.json leaves out, and the features of
+# a family, which config.json does not name.
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
@@ -156,7 +156,7 @@ FAMILIES = {
     "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
 }
 FEATURES = {"qkv_bias": False, "qk_norm": False}
-# What stands in config.json, and transformers does not read there for a family.
+# Keys in config.json that transformers does not read for a family.
 UNREAD = {"llama": ["sliding_window"], "mistral": ["attention_bias", "mlp_bias"]}
 UNREAD |= {"qwen2": ["attention_bias", "mlp_bias"], "qwen3": ["mlp_bias"]}
 # The kinds of rotary scaling, and the numbers that each one needs.
@@ -165,10 +165,10 @@ ROPE_SCALING = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "l
 
 
 def read_config(file: Path, fields: Sequence[Field]) -> dict[str, object]:
-    """config.json as values for `fields`, those of the dataclass that is made from it.
+    """config.json as values for `fields`, the fields of a dataclass.
 
-    A key that is left out means transformers' default for the family; null means no window, a
-    key/value head for every head, and else the field's default.
+    A missing key means transformers' default for the family. null means no window, or a key/value
+    head for every head; for any other field it means the field's default.
     """
     raw, defaults = read_json(file), {f.name: f.default for f in fields}
 
@@ -185,8 +185,8 @@ def read_config(file: Path, fields: Sequence[Field]) -> dict[str, object]:
         given = {k: raw[k] for k in defaults if k not in unread and raw.get(k) is not None}
         layers, every = given["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
         if family == "smollm3":
-            by_place = [int((i + 1) % every > 0) for i in range(layers)]
-            rotary = given.setdefault("no_rope_layers", by_place)
+            by_position = [int((i + 1) % every > 0) for i in range(layers)]
+            rotary = given.setdefault("no_rope_layers", by_position)
             expect(len(rotary) == layers, "no_rope_layers", "a number for each layer")
         if family != "mistral" and not raw.get("use_sliding_window"):
             given.pop("sliding_window", None)
@@ -196,19 +196,19 @@ def read_config(file: Path, fields: Sequence[Field]) -> dict[str, object]:
             kinds = ["full_attention" if full else "sliding_attention" for full in wide]
             given.setdefault("layer_types", kinds)
         types = given.get("layer_types", [])
-        known = ("full_attention", "sliding_attention")[: 1 + ("sliding_window" in given)]
-        expect(all(t in known for t in types), "layer_types", " and ".join(known))
+        allowed = ("full_attention", "sliding_attention")[: 1 + ("sliding_window" in given)]
+        expect(all(t in allowed for t in types), "layer_types", " and ".join(allowed))
         expect(len(types) in (0, layers), "layer_types", "one for each layer")
-        # Newer files hold in `rope_parameters` what used to be `rope_scaling` and `rope_theta`.
+        # Newer files have `rope_parameters` in place of `rope_scaling` and `rope_theta`.
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         longest = given.get("max_position_embeddings", defaults["max_position_embeddings"])
-        outside = {k: raw[k] for k in LLAMA3[3:] if k in raw}  # this one may stand outside
+        outside = {k: raw[k] for k in LLAMA3[3:] if k in raw}  # this key may be outside
         rope = {LLAMA3[3]: longest} | rope | outside
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ROPE_SCALING:
-            what = f"rope_type is {kind!r}, expected {' or '.join(ROPE_SCALING)}"
-            short = "; up to the length of pre-training, a text needs none: remove the scaling"
-            raise ValueError(what + short * (kind in ("yarn", "longrope")))
+            message = f"rope_type is {kind!r}, expected {' or '.join(ROPE_SCALING)}"
+            advice = "; texts up to the length of pre-training need no scaling: remove it"
+            raise ValueError(message + advice * (kind in ("yarn", "longrope")))
         if any(isinstance(value, dict) for value in rope.values()):
             raise ValueError("the rotary positions differ by layer, which is not supported")
         parts = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1))
@@ -234,20 +234,20 @@ def read_config(file: Path, fields: Sequence[Field]) -> dict[str, object]:
 
 
 # --- Weights ----------------------------------------------------------------------------------
-# What can't be computed is refused by name, never ignored. Only JSON and safetensors are read.
+# A tensor that can't be used raises an error that names it. Only JSON and safetensors are read.
 
-# What wrappers put in front of a tensor's name; and what an encoder has no use for: the heads of
-# classifiers and of reward models, and tables that are computed here.
+# Prefixes that wrappers add to the names of tensors; and tensors that an encoder does not use: the
+# heads of classifiers and of reward models, and tables that are computed here.
 PREFIX = re.compile(r"^((module|_orig_mod|base_model\.model|model)\.)+")
 UNUSED = re.compile(r"(score|classifier|classification_head|v_head|value_head)\.|.*rotary_emb\.")
 
 
-# Types that are numbers by themselves; whole numbers and 8 bits mean a quantised checkpoint.
+# Types of plain weights; integers and 8 bits mean a quantised checkpoint.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(weight: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of a file as `dtype`. Raises ValueError for one that can't be what it should be."""
+    """A tensor of a file as `dtype`. Raises ValueError for a wrong shape or type, NaN, infinity."""
     if list(weight.shape) != list(shape):
         raise ValueError(f"tensor {name} is {list(weight.shape)}, expected {list(shape)}")
     if weight.dtype not in FLOATS:
@@ -258,15 +258,15 @@ def check_tensor(weight: Tensor, name: str, shape: Sequence[int], dtype: torch.d
     return weight
 
 
-def tell_unused(file: Path, names: list[str]) -> None:
-    """Say in one line which tensors were left out, as an encoder has no use for them."""
+def report_unused(file: Path, names: list[str]) -> None:
+    """Print one line about the tensors that are left out, because an encoder does not use them."""
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        print(f"{file}: {names[0]}{more} left out, of no use to an encoder", file=sys.stderr)
+        print(f"{file}: {names[0]}{more} left out, not used by an encoder", file=sys.stderr)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The whole file, or else the shards that its index names."""
+    """model.safetensors, or else the shards that its index names."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         return [whole]
@@ -279,16 +279,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-# --- What an adapter's files say ---------------------------------------------------------------
+# --- The files of an adapter -------------------------------------------------------------------
 
-# What PEFT has and lora.py has not: it would change the numbers, so it is refused by name.
+# Options of PEFT that lora.py lacks. They would change the numbers, so each raises an error.
 UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "lora_bias")
 UNSUPPORTED += ("fan_in_fan_out", "layer_replication", "trainable_token_indices")
-STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights: change the base
+STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base
 
 
 def read_adapter_config(file: Path) -> dict:
-    """adapter_config.json; refuses by name what lora.py can't honour."""
+    """Read adapter_config.json. Raises ValueError for an option that lora.py does not support."""
     config = read_json(file)
     with reading(file):
         if config.get("peft_type") != "LORA":
@@ -307,7 +307,7 @@ def read_adapter_config(file: Path) -> dict:
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = config.get(field) or {}
             numbers |= {f"{field} of {p}": value for p, value in patterns.items()}
-            with warnings.catch_warnings():  # what Python 3.10 only warns of
+            with warnings.catch_warnings():  # for some bad patterns, Python 3.10 only warns
                 warnings.simplefilter("error")
                 config[field] = {re.compile(rf"(.*\.)?({p})$"): v for p, v in patterns.items()}
         for key, value in numbers.items():
@@ -324,42 +324,42 @@ def matched(patterns: dict[re.Pattern, float], name: str, default: float) -> flo
 
 
 def read_pairs_of_matrices(file: Path) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """For each projection in a file of PEFT: the name that PEFT saw, its lora_A and lora_B."""
+    """For each projection in a file of PEFT: its name in PEFT, its lora_A and lora_B."""
     pairs, unused = {}, []
     for key, weight in load_file(file).items():
         whole = key.replace(".default.", ".").removesuffix(".weight")
         bare = PREFIX.sub("", whole)
         name, _, part = bare.rpartition(".")
-        seen, pair = pairs.get(name, ("", {}))
+        peft_name, pair = pairs.get(name, ("", {}))
         if bare.startswith("lm_head") or UNUSED.match(f"{bare}."):
             unused.append(key)
         elif bare.startswith("embed_tokens"):
-            what = "changes the embeddings, which have no adapter here"
-            raise ValueError(f"{key} {what}: merge it with PEFT, and give the whole checkpoint")
+            message = "changes the embeddings, which have no adapter here"
+            raise ValueError(f"{key} {message}: merge it with PEFT, and give the whole checkpoint")
         elif part in pair:
-            raise ValueError(f"{name} is there twice, once as model.{name}")
+            raise ValueError(f"{name} is in it twice, once as model.{name}")
         else:
-            seen = whole.removeprefix("base_model.model.").rpartition(".")[0]
-            pairs[name] = seen, pair | {part: weight}
+            peft_name = whole.removeprefix("base_model.model.").rpartition(".")[0]
+            pairs[name] = peft_name, pair | {part: weight}
     if not pairs:
         raise ValueError("holds no adapter of the layers")
-    tell_unused(file, unused)
+    report_unused(file, unused)
     return pairs
 
 
 # --- Tokenizer --------------------------------------------------------------------------------
 
-# What is put before and after every text. A tokenizer without BOS (SmolLM2, Qwen) gets the token
-# that began each document in pre-training: a causal model parks attention that it has no use for on
-# its first token (Xiao et al. 2023, arXiv 2309.17453), which should not be a word of the text.
+# Texts before and after every text. A tokenizer without BOS (SmolLM2, Qwen) gets the token that
+# began each document in pre-training: a causal model puts unneeded attention on its first token
+# (Xiao et al. 2023, arXiv 2309.17453), and that should not be a word of the text.
 START = "<|endoftext|>"
 TEMPLATES = {
     "endoftext": (START, ""),
     # The chat markers that the authors put around every input of an instruct model.
     "mistral": ("[INST]", " [/INST]"),  # Mistral-Instruct, Llama-2-chat
     "llama-3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    # PromptEOL (Jiang et al. 2023, arXiv 2307.16645): an instruct model, causal, is asked for the
-    # text in one word, and its last state is the vector. The second one shows it an example first.
+    # PromptEOL (Jiang et al. 2023, arXiv 2307.16645): a causal instruct model is asked for the text
+    # in one word, and its last state is the vector. The second template gives an example first.
     "one-word": (f'{START}This sentence : "', '" means in one word:"'),
     "one-word-example": (
         f'{START}This sentence : "A man is playing on a guitar and singing." means in one word:'
@@ -373,7 +373,7 @@ Template = str | tuple[str, str]  # a name in TEMPLATES, or the text before and 
 def load_tokenizer(folder: str | Path, template: Template | None = None) -> Tokenizer:
     """The tokenizer of `folder`/tokenizer.json. Special tokens inside a text are plain text.
 
-    template: what to put before and after every text.
+    template: the texts before and after every text.
     """
     if isinstance(template, str) and template not in TEMPLATES:
         raise ValueError(f"template {template!r}: expected {' or '.join(TEMPLATES)}")
@@ -382,32 +382,32 @@ def load_tokenizer(folder: str | Path, template: Template | None = None) -> Toke
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        tokenizer.encode("a")  # some faults show only in use
+        tokenizer.encode("a")  # some errors come only in use
         if template is not None:
             tokenizer = add_template(tokenizer, template)
     settings = Path(folder) / TOKENIZER
     adds = settings.exists() and read_json(settings).get("add_eos_token")
     if adds and not tokenizer.encode("a").special_tokens_mask[-1]:
-        what = "add_eos_token is true, but tokenizer.json appends no EOS: texts end without it"
-        print(f"{settings}: {what}", file=sys.stderr)
+        message = "add_eos_token is true, but tokenizer.json appends no EOS: texts end without it"
+        print(f"{settings}: {message}", file=sys.stderr)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that stand in front of every text, and those behind it."""
+    """The token ids before every text, and those after it."""
     alone = tokenizer.encode("a")
-    own = alone.special_tokens_mask.index(0)
+    first = alone.special_tokens_mask.index(0)
     special = [i for i, s in zip(alone.ids, alone.special_tokens_mask, strict=True) if s]
-    return special[:own], special[own:]
+    return special[:first], special[first:]
 
 
 def add_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
-    """A tokenizer that puts a template around every text: it is never cut, and saved with the rest.
+    """A tokenizer that puts a template around every text. The template is never cut.
 
-    It is saved as the tokens that it consists of, by name, for readers that look these up. A space
-    at the end of the opening goes with the text's first word, as in a sentence. A tokenizer with a
-    BOS needs no START in front of a named template.
+    It is saved with the tokenizer, as tokens by name, because other readers look these up. A space
+    at the end of the opening joins the first word of the text, as in a sentence. A tokenizer with
+    a BOS needs no START before a named template.
     """
     opening, closing = TEMPLATES[template] if isinstance(template, str) else template
     bos, eos = tokens_around(tokenizer)
@@ -417,10 +417,10 @@ def add_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
         opening = opening.removeprefix(START)
     for marker in re.findall(r"<\|\w+\|>", opening + closing):
         if tokenizer.token_to_id(marker) is None:
-            raise ValueError(f"has no token {marker}, as the template needs")
+            raise ValueError(f"has no token {marker}, which the template needs")
     if tokenizer.token_to_id(closing.strip(" ")) is not None:
         closing = closing.strip(" ")
-    # Sentencepiece puts a space before whatever it is given: not before what follows a text.
+    # Sentencepiece puts a space before its input. A line break before `closing` prevents this.
     spaced = tokenizer.encode("a").tokens[len(bos)].startswith("▁")
     before = "\n" if spaced else ""
     parts = (opening.rstrip(" "), before, before + closing)
@@ -435,7 +435,7 @@ def add_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
         for ids in (bos + front, back + eos)
     )
     around = {
-        "type": "TemplateProcessing",  # whose class takes no name with a colon
+        "type": "TemplateProcessing",  # its class takes no token with a colon
         "single": [*front, {"Sequence": {"id": "A", "type_id": 0}}, *back],
         "pair": [{"Sequence": {"id": side, "type_id": 0}} for side in "AB"],
         "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for i, n in names.items()},
@@ -445,7 +445,7 @@ def add_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
     )
 
 
-# --- How a folder is to be used ---------------------------------------------------------------
+# --- How to use a folder -----------------------------------------------------------------------
 
 SENTENCE_BERT, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
 PROMPTS = "config_sentence_transformers.json"
@@ -453,18 +453,18 @@ NOTHING = "\u2063"  # a character that an exported tokenizer drops
 # Our names of pooling rules, and sentence-transformers'.
 POOLING_MODES = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens"}
 POOLING_MODES |= {"last": "lasttoken", "first": "cls_token"}
-# What stands around the short name of a pooling mode before sentence-transformers 6.
+# Before sentence-transformers 6, the short name of a pooling mode has these around it.
 MODE = re.compile("^pooling_mode_|_tokens?$")
 
 
 def encoder_options(folder: Path, adapters: Sequence[Path] = ()) -> dict[str, object]:
-    """How a folder is to be pooled, cut and attended: the arguments of LLM2Vec, and `is_causal`.
+    """Pooling, length and attention for a folder: the arguments of LLM2Vec, and `is_causal`.
 
-    config.json says so under `llm2vec`, where `save_encoder` writes it. The files of
-    sentence-transformers go before that; a folder that has them is causal unless config.json says
-    otherwise. A folder without either is a language model, of which the paper's encoder is made.
-    Between an instruction and a text, the authors' models and adapters have a space. Raises
-    ValueError for a module of sentence-transformers that would change the vectors.
+    `save_encoder` writes them to config.json, under `llm2vec`. The files of sentence-transformers
+    override these; a folder that has them is causal unless config.json says otherwise. A folder
+    with neither is a language model, and is used as in the paper. The authors' models and adapters
+    have a space as the separator. Raises ValueError for a module of sentence-transformers that
+    would change the vectors.
     """
 
     config, modules = read_json(folder / "config.json"), folder / "modules.json"
@@ -476,13 +476,13 @@ def encoder_options(folder: Path, adapters: Sequence[Path] = ()) -> dict[str, ob
     options["is_causal"] = config.get("is_causal", True) if is_encoder else False
     options |= config.get("llm2vec") or {}
     options |= {} if "llm2vec" in config or not modules.exists() else {"separator": ""}
-    if modules.exists() and not (folder / EXTRA).exists():  # of which the modules are ours
+    if modules.exists() and not (folder / EXTRA).exists():  # with EXTRA, the modules are ours
         options |= sentence_transformers_options(folder, config)
-    for adapter in adapters:  # a run knows how it was trained
+    for adapter in adapters:  # a run folder has the options of its training
         if (adapter / "settings.json").exists():
             run = read_json(adapter / "settings.json")
-            known = {name: run.get(name) for name in ("pooling", "include_prompt", "is_causal")}
-            options |= {name: value for name, value in known.items() if value is not None}
+            trained = {name: run.get(name) for name in ("pooling", "include_prompt", "is_causal")}
+            options |= {name: value for name, value in trained.items() if value is not None}
     return options
 
 
@@ -497,15 +497,15 @@ def sentence_transformers_options(folder: Path, config: dict) -> dict[str, objec
         for module in json.loads(modules.read_text(encoding="utf-8")):
             kind = module["type"].rpartition(".")[2]
             if kind not in ("Transformer", "WordWeights", "Pooling", "Normalize"):
-                what = "without modules.json, this is a checkpoint like any other"
-                raise ValueError(f"has a module {kind}, which is not supported; {what}")
+                advice = "to read it as a plain checkpoint, remove modules.json"
+                raise ValueError(f"has a module {kind}, which is not supported; {advice}")
             if kind == "Pooling":
                 pooling = read_json(folder / module["path"] / "config.json")
                 modes = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v]
                 names = {MODE.sub("", theirs): ours for ours, theirs in POOLING_MODES.items()}
                 mode = "+".join(MODE.sub("", k) for k in modes) or pooling["pooling_mode"]
-                options["pooling"] = names.get(mode, mode)  # LLM2Vec refuses an unknown one
-                if options["pooling"] != "last":  # which is the same one without the prompt
+                options["pooling"] = names.get(mode, mode)  # LLM2Vec raises for an unknown one
+                if options["pooling"] != "last":  # the last token is the same without the prompt
                     options["include_prompt"] = pooling.get("include_prompt", True)
     reader, more = read(SENTENCE_BERT), read(PROMPTS)
     side = read(TOKENIZER).get("truncation_side", "right")
@@ -516,16 +516,17 @@ def sentence_transformers_options(folder: Path, config: dict) -> dict[str, objec
     }
     for name, value in unread.items():
         if value:
-            what = f"{name} is {value!r}, which is not supported; without modules.json, this is"
-            raise ValueError(f"{folder}: {what} a checkpoint like any other")
+            message = f"{name} is {value!r}, which is not supported"
+            advice = "to read it as a plain checkpoint, remove modules.json"
+            raise ValueError(f"{folder}: {message}; {advice}")
     lengths = (config.get("max_position_embeddings"), read(TOKENIZER).get("model_max_length"))
     shorter = min(int(length) for length in (*lengths, 1e30) if length)
     options["max_length"] = reader.get("max_seq_length") or shorter
     prompts = {name: text.replace(NOTHING, "") for name, text in more.get("prompts", {}).items()}
     options["prompts"] = {name: text for name, text in prompts.items() if text}
     if default := prompts.get(more.get("default_prompt_name")):
-        what = f"its default prompt {default!r} is not read in front of texts"
-        print(f"{folder}: {what}; as an instruction, it is", file=sys.stderr)
+        message = f"its default prompt {default!r} is not read before texts"
+        print(f"{folder}: {message}; give it as the instruction", file=sys.stderr)
     return options
 
 

@@ -1,13 +1,13 @@
-"""What a result is held against: untrained baselines, controls, other seeds; and the table of it.
+"""Comparisons of a result: untrained baselines, controls, other seeds; and a table of them.
 
-baselines    the encoders that a causal model is without training
-CONTROLS     what SimCSE makes of a model that MNTP did not train, or that looks back only
+baselines    encoders made from a causal model without training
+CONTROLS     SimCSE on a model without MNTP, or with causal attention
 over_seeds   scores of several seeds as their mean and range
 table        rows of scores in Markdown
-describe     what a command measured with; add_results and read_results: the file for both
+describe     a command and its settings; add_results and read_results: the file of results
 
-Each row has one name, in code, in results files and in what is printed. A results file holds what
-one command or more measured, all on the same weights:
+A row has the same name in code, in results files and in print. A results file holds the scores of
+one command or more, all on the same weights:
 
     {"runs": [{
         "command": "python train.py --seeds 0 1", "date": "2026-01-31",
@@ -51,18 +51,18 @@ class Echo(LLM2Vec):
 
     def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
         twice = []
-        for ids, own in rows:
-            again = ids[own.index(True) :]
+        for ids, pooled in rows:
+            again = ids[pooled.index(True) :]
             twice.append((ids + again, [False] * len(ids) + [True] * len(again)))
         return super().embed(twice)
 
 
 class InputEmbeddings(LLM2Vec):
-    """The mean of the tokens' input embeddings: what is known without reading."""
+    """The mean of the tokens' input embeddings, before any layer."""
 
     def embed(self, rows: Sequence[tuple[list[int], list[bool]]]) -> Tensor:
-        ids, own = (pad(side, self.decoder.device) for side in zip(*rows, strict=True))
-        return pool(self.decoder.embed_tokens(ids), "mean", own)
+        ids, pooled = (pad(side, self.decoder.device) for side in zip(*rows, strict=True))
+        return pool(self.decoder.embed_tokens(ids), "mean", pooled)
 
 
 POOLED = {"mean": "mean", "weighted_mean": "weighted mean", "last": "last token"}
@@ -71,12 +71,12 @@ UNTRAINED = "both ways, untrained"
 
 
 def causal_row(model: LLM2Vec) -> str:
-    """The name of the row of a causal model without training: "causal, mean" for one."""
+    """The name of the row of a causal model without training, such as "causal, mean"."""
     return f"causal, {POOLED[model.pooling]}"
 
 
 def baselines(model: LLM2Vec) -> Iterator[tuple[str, LLM2Vec]]:
-    """The encoders that a causal model is without training, by name."""
+    """Encoders made from a causal model without training, by name."""
     for name, kind, pooling in (
         ("input embeddings", InputEmbeddings, "mean"),
         ("causal, mean", LLM2Vec, "mean"),
@@ -103,7 +103,7 @@ CONTROLS = [  # name, is_causal, pooling
 
 
 def folder_name(row: str) -> str:
-    """The name of the run folder of a control: "simcse-without-mntp" for one."""
+    """The name of the run folder of a control, such as "simcse-without-mntp"."""
     return row.replace(",", "").replace(" ", "-")
 
 
@@ -119,7 +119,7 @@ def spread(seeds: list[dict[str, float]], score: str) -> tuple[float, float, flo
 
 
 def over_seeds(rows: Rows) -> dict[str, dict[str, float]]:
-    """Scores of one seed as they are; of several their mean, and the range in two more rows."""
+    """The scores of one seed; for several seeds the mean, and the range in two more rows."""
     return {
         name + kind: {score: spread(seeds, score)[i] for score in scores_of(seeds)}
         for name, seeds in rows.items()
@@ -129,7 +129,7 @@ def over_seeds(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of scores as a Markdown table, which is as readable in a terminal."""
+    """Rows of scores as a Markdown table that is also readable in a terminal."""
     columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
     columns.sort(key="seconds".__eq__)  # last
     widths = [max(map(len, rows)), *(max(6, len(column)) for column in columns)]
@@ -146,9 +146,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def describe(program: str, model: LLM2Vec) -> dict:
-    """The description of a command that measures: a run of a results file, without rows.
+    """Describe the command that is measuring: one of the `runs` in a results file, without rows.
 
-    program: "python train.py" for one, which the command's own flags follow.
+    program: such as "python train.py"; the flags of the command are added.
     """
     files = weight_files(find_checkpoint(model.made_of[0]))
     return {
@@ -166,13 +166,13 @@ def describe(program: str, model: LLM2Vec) -> dict:
 
 
 def settings_in(folder: str | Path) -> dict:
-    """The settings of a run folder; none for any other folder, or a name on the hub."""
+    """The settings of a run folder; empty for another folder, or a name on the hub."""
     file = Path(folder) / "settings.json"
     return read_json(file) if file.exists() else {}
 
 
 def read_runs(file: str | Path) -> list[dict]:
-    """The runs of a results file. Raises ValueError for any other file."""
+    """The `runs` of a results file. Raises ValueError for any other file."""
     content = read_json(Path(file))
     with reading(file, "; it is no results file of train.py or data.benchmarks"):
         runs = [dict(run) for run in content["runs"]]
@@ -182,7 +182,7 @@ def read_runs(file: str | Path) -> list[dict]:
 
 
 def read_results(file: str | Path) -> Rows:
-    """The rows of all runs of a results file, in the order in which they were measured."""
+    """The rows of all `runs` of a results file, in the order of measurement."""
     rows = {}
     for name, scores in (row for run in read_runs(file) for row in run["rows"].items()):
         rows.setdefault(name, []).extend(scores)
@@ -190,22 +190,22 @@ def read_results(file: str | Path) -> Rows:
 
 
 def check_weights(file: str | Path, run: dict) -> list[dict]:
-    """The runs of a results file; none if there is no such file.
+    """The `runs` of a results file; none if the file does not exist.
 
     Raises ValueError if they were measured on other weights than `run`.
     """
     runs = read_runs(file) if Path(file).exists() else []
     others = [old["command"] for old in runs if old["weights"] != run["weights"]]
     if others:
-        what = f"has the scores of other weights, of `{others[0]}`"
-        raise ValueError(f"{file}: {what}; choose another --output")
+        message = f"has the scores of other weights, from `{others[0]}`"
+        raise ValueError(f"{file}: {message}; choose another --output")
     return runs
 
 
 def add_results(file: str | Path, run: dict) -> None:
-    """Add a run to a results file, or start one. Its rows replace those of the same name and seed.
+    """Add `run` to a results file, or start one. Its rows replace rows of the same name and seed.
 
-    A row without a seed replaces all of its name. Raises ValueError as `check_weights` does.
+    A row without a seed replaces all rows of its name. Raises ValueError as `check_weights` does.
     """
     runs = check_weights(file, run)
     for old in runs:

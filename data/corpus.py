@@ -1,4 +1,4 @@
-"""Text to train on: reading it, splitting it, and cutting it into sentences and blocks."""
+"""Text to train on: read it, split it, and cut it into sentences and blocks."""
 
 import hashlib
 import re
@@ -16,16 +16,16 @@ WIKIPEDIA = Path(__file__).parent / "wikipedia.jsonl"
 
 
 def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
-    """The documents of a file, by its suffix; of another than these, each line is one.
+    """The documents of a file, by its suffix. With any other suffix, each line is a document.
 
-    - .jsonl, .ndjson, .json: a line each, or one array: objects with `text`, or strings
-    - .csv, .tsv: a table whose header has `text`
+    - .jsonl, .ndjson, .json: one a line, or one array: objects with `text`, or strings
+    - .csv, .tsv: a table with `text` in its header
 
-    A folder gives those of the .txt files and of these kinds in it; each may be compressed (.gz).
-    Blank documents are left out. A record that is not UTF-8, or has no text, is a ValueError that
-    names file and line; with errors="skip" it is left out, and standard error says how many were.
-    Raises FileNotFoundError, and ValueError for a corpus without a single document, for a table
-    whose rows do not fit its header, and for what is no text.
+    Of a folder, the .txt files and these kinds are read; each may be compressed (.gz). Blank
+    documents are left out. A record that is not UTF-8, or has no text, raises ValueError with file
+    and line; with errors="skip" it is left out, and standard error says how many were. Raises
+    FileNotFoundError, and ValueError for a corpus without documents, for a table with rows that do
+    not fit its header, and for a file that is not text.
     """
     path, files, documents = Path(path), [Path(path)], []
     kinds = (".txt", *JSON, *TABLES)
@@ -41,18 +41,17 @@ def read_documents(path: str | Path, errors: str = "strict") -> list[str]:
                     raise
                 bad.append(place)
         if bad:
-            what = f"skipped {len(bad)} lines, the first of them {bad[0]}"
-            print(f"{file}: {what}", file=sys.stderr)
+            message = f"skipped {len(bad)} lines, the first of them {bad[0]}"
+            print(f"{file}: {message}", file=sys.stderr)
     documents = [document for document in documents if document]
     if not documents:
-        kinds = f"no text in its {', '.join(kinds)} files"
-        what = kinds if path.is_dir() else "there is no text in it"
-        raise ValueError(f"{path}: an empty corpus, {what}")
+        where = f"its {', '.join(kinds)} files" if path.is_dir() else "it"
+        raise ValueError(f"{path}: an empty corpus, no text in {where}")
     return documents
 
 
 def read_record(record: object, file: str | Path, place: str) -> dict:
-    """A record of a file as {"text": ...}, and whatever else an object or a row holds."""
+    """A record of a file as {"text": ...}, with all other fields of an object or a row."""
     with reading(f"{file}, {place}"):
         if isinstance(record, bytes) and kind_of(file) not in JSON:
             return {"text": record.decode("utf-8-sig").rstrip("\r\n")}
@@ -61,15 +60,15 @@ def read_record(record: object, file: str | Path, place: str) -> dict:
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             has = f"; it has {', '.join(value):.200}" if isinstance(value, dict) else ""
             raise ValueError(f"expected an object with a string `text`{has}")
-        value["text"].encode()  # half a surrogate pair is no text
+        value["text"].encode()  # raises for half a surrogate pair
         return value
 
 
 def split_documents(documents: Sequence[str], one_in: int = 50) -> tuple[list[str], list[str]]:
-    """Training and held-out documents, the latter about one in `one_in` of all.
+    """Training and held-out documents; about one in `one_in` is held out.
 
-    The side is drawn by a hash of the words alone, so a document stays on its side whatever else
-    the corpus holds, in every order and run, and no copy of it can be on the other.
+    A hash of the words alone chooses the side. So a document stays on its side in every corpus,
+    order and command, and all its copies are on the same side.
     """
     sides: tuple[list[str], list[str]] = ([], [])
     for document in documents:
@@ -84,16 +83,16 @@ def training_documents(path: str | Path, errors: str = "strict") -> list[str]:
     return split_documents(read_documents(path, errors))[0]
 
 
-# What ends a sentence: Unicode's property Sentence_Terminal, the ellipsis, Tibet's shad. Of these,
-# . ! ? and their like need white space behind them, and then a letter that may begin a sentence, a
-# digit or an opening mark; those of other scripts need nothing. A closing mark may come between.
+# The end of a sentence: Unicode's property Sentence_Terminal, the ellipsis, the shad of Tibetan.
+# Marks like . ! ? need white space after them, and then a letter that may begin a sentence, a digit
+# or an opening mark. Marks of other scripts need nothing. A closing mark may come between.
 _SPACED = ".!?…‼‽⁇⁈⁉։"
 _ALONE = "。！？．｡؟۔؞।॥།༎။၊።፧፨។៕᠃᠉᙮᱾᱿꓿꘎꘏꛳꛷꡶꡷꣎꣏܀܁܂߹᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼⸮"
 _CLOSING = r"""["'”’»«›‹)\]」』】》〉）］｣]*"""
 _OPENING = "\"'“‘„‚«»‹›([¿¡「『【《〈（［"
 _GREEK = "(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]"  # its question mark
-# A run of marks is tried at its first alone, or a line of dots would take quadratic time. What
-# stands behind the opening marks is the group.
+# Several marks in a row are tried only at the first, or a line of dots would take quadratic time.
+# The group is the character after the opening marks.
 _END = re.compile(
     rf"(?:[{_ALONE}]+{_CLOSING}\s*|"
     rf"(?<![{_SPACED}])(?<!{_GREEK})(?:[{_SPACED}]|{_GREEK})+[“{_CLOSING[1:]}\s+)"
@@ -111,12 +110,12 @@ def sentences(text: str) -> list[str]:
     """The sentences of a text in any language, in order. Line ends always end a sentence."""
     found = []
     for line in text.splitlines():
-        start = before = 0  # where the sentence starts, and what was last tried as its end
+        start = before = 0  # the start of the sentence, and the last end that was tried
         for end in _END.finditer(line):
-            # A small letter begins no sentence, but for Georgian's.
+            # A small letter begins no sentence, except in Georgian.
             small = end[1].islower() and not "ა" <= end[1] <= "ჿ"
             begins = end[0][0] in _ALONE or end[1].isalnum() and not small
-            # No abbreviation goes back over white space, so none is looked for before the last end.
+            # Abbreviations hold no white space, so the search starts at the last end.
             if begins and not _NO_END.search(line[before : end.end()].strip()):
                 found.append(line[start : end.end()].strip())
                 start = end.end()
@@ -127,9 +126,9 @@ def sentences(text: str) -> list[str]:
 
 
 def cut_into_blocks(rows: Iterable[Sequence[int]], length: int, limit: int | None = None) -> Tensor:
-    """Rows of token ids, end to end, cut into blocks: (number, length); what is left is dropped.
+    """Rows of token ids, end to end, cut into blocks: (number, length). The rest is dropped.
 
-    Rows are read only until `limit` blocks are full. Raises ValueError if not one is.
+    Reading stops when `limit` blocks are full. Raises ValueError if not even one is full.
     """
     ids = array("q")
     for row in rows:

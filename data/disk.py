@@ -1,4 +1,4 @@
-"""Reading and writing files so that nothing is lost and every error names the file."""
+"""Read and write files so that nothing is lost and every error names the file."""
 
 import contextlib
 import csv
@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 JSON, TABLES = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
 CONVERTERS = {".parquet": "pandas.read_parquet", ".arrow": "datasets.Dataset.from_file"}
-ARRAY = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*[{"\]]')  # how one of objects or strings begins
-OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # or an array of such
+ARRAY = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*[{"\]]')  # the start of one of objects or strings
+OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # or an array of objects
 csv.field_size_limit(2**31 - 1)  # a document may be longer than 131,072 characters
 
 # --- Reading -----------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ csv.field_size_limit(2**31 - 1)  # a document may be longer than 131,072 charact
 
 @contextlib.contextmanager
 def reading(file: str | Path, hint: str = "") -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one ValueError that names the file."""
+    """Turn any error while a file is read into one ValueError that names the file."""
     try:
         yield
     except FileNotFoundError:
@@ -63,9 +63,9 @@ def kind_of(file: str | Path) -> str:
 
 
 def lines_of(file: str | Path) -> Iterator[bytes]:
-    """The lines of a file; of a .gz file, of what it holds. `-` is standard input.
+    """The lines of a file; a .gz file is decompressed. `-` is standard input.
 
-    What goes wrong while it is read is a ValueError that names the file, UTF-16 for one.
+    Raises ValueError, which names the file, for any error while it is read, and for UTF-16.
     """
     opener = gzip.open if str(file).lower().endswith(".gz") else open
     with reading(file), sys.stdin.buffer if str(file) == "-" else opener(file, "rb") as lines:
@@ -76,12 +76,12 @@ def lines_of(file: str | Path) -> Iterator[bytes]:
 
 
 def records_of(file: str | Path) -> Iterator[tuple[str, object]]:
-    """Each record of a file, and its place in it, such as "line 3".
+    """Each record of a file, with its place, such as "line 3".
 
-    A record is a line, in bytes; of JSON lines (.jsonl, .ndjson, .json), which `value_of` parses,
-    one that is not blank. Where such a file holds one array it is an item of it, and of a table
-    with a header (.csv, .tsv) it is a dict. Each may be compressed (.gz); `-` is standard input, of
-    lines. Raises ValueError for a file that is none of these, and says what to do.
+    A record is a line, in bytes. For JSON lines (.jsonl, .ndjson, .json) it is a line that is not
+    blank, for `value_of` to parse; if such a file holds one array, it is an item. For a table with
+    a header (.csv, .tsv) it is a dict. Each file may be compressed (.gz); `-` is standard input,
+    read as lines. Raises ValueError for any other kind of file, and says what to do.
     """
     kind, lines = kind_of(file), lines_of(file)
     if str(file) != "-":
@@ -103,14 +103,14 @@ def records_of(file: str | Path) -> Iterator[tuple[str, object]]:
 
 
 def refuse_other_kinds(file: str | Path, start: bytes) -> None:
-    """Raise ValueError for a file that would pass for lines of text, and by its start is not."""
+    """Raise ValueError for a file that is not lines of text, judged by its start."""
     kind = kind_of(file)
     if kind in CONVERTERS:
         call, target = CONVERTERS[kind], Path(file).with_suffix(".jsonl")
-        what = f"{call}('{file}').to_json('{target}', lines=True, orient='records')"
-        what = f'python -c "import {call.partition(".")[0]}; {what}"'
-        raise ValueError(f"{file}: convert it to JSON lines: {what}")
-    # A stray NUL is dirt in a .txt file; UTF-16 without its mark has one for every letter.
+        code = f"{call}('{file}').to_json('{target}', lines=True, orient='records')"
+        line = f'python -c "import {call.partition(".")[0]}; {code}"'
+        raise ValueError(f"{file}: convert it to JSON lines: {line}")
+    # A few NULs in a .txt file are only dirt; UTF-16 without its mark has one for every letter.
     if start.count(0) > (len(start) // 4 if kind == ".txt" else 0) or start[:4] == b"%PDF":
         raise ValueError(f"{file}: is not text: convert it to .txt or .jsonl, in UTF-8")
     if kind not in (*JSON, *TABLES) and OBJECT.match(start):
@@ -118,11 +118,11 @@ def refuse_other_kinds(file: str | Path, start: bytes) -> None:
 
 
 def rows_of(file: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dict]]:
-    """Each row of a table as a dict, and the line that it ends in; the first names the columns.
+    """Each row of a table as a dict, with its last line; the first row names the columns.
 
-    What is not UTF-8 becomes halves of surrogate pairs, which no reader takes for text. Raises
-    ValueError for a quotation mark without another and for a row of another length: what follows
-    is not what it seems.
+    Bytes that are not UTF-8 become halves of surrogate pairs, for which every reader raises. Raises
+    ValueError for an open quotation mark and for a row of another length, because the rows after it
+    would be wrong.
     """
     text = (line.decode("utf-8-sig", "surrogateescape") for line in lines)
     table, header = csv.reader(text, delimiter=TABLES[kind_of(file)], strict=True), []
@@ -130,8 +130,8 @@ def rows_of(file: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dic
         for row in filter(None, table):
             header = header or row
             if len(row) != len({*header}):
-                what = f"{len(row)} columns, where the header names {len({*header})}"
-                raise csv.Error(f"{what}; text with commas, tabs or line ends needs quotes")
+                message = f"{len(row)} columns, where the header names {len({*header})}"
+                raise csv.Error(f"{message}; text with commas, tabs or line ends needs quotes")
             if row is not header:
                 yield f"line {table.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:
@@ -139,14 +139,14 @@ def rows_of(file: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dic
 
 
 def value_of(record: object) -> object:
-    """What a record of `records_of` holds, of which a line is parsed as JSON."""
+    """The value of a record of `records_of`: a line is parsed as JSON."""
     if not isinstance(record, bytes):
         return record
     try:
         return json.loads(record.decode("utf-8-sig"))
     except (json.JSONDecodeError, RecursionError) as error:
-        what = "expected a JSON object on each line, or one array of them"
-        raise ValueError(f"{what}: {error}") from None
+        message = "expected a JSON object on each line, or one array of them"
+        raise ValueError(f"{message}: {error}") from None
 
 
 # --- Writing -----------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def complete_file(target: str | Path) -> Iterator[BinaryIO]:
     if str(target) == "-":
         if hasattr(sys.stdout, "buffer"):
             yield sys.stdout.buffer
-        else:  # of a notebook
+        else:  # in a notebook
             out = io.BytesIO()
             yield out
             sys.stdout.write(out.getvalue().decode("utf-8"))
@@ -178,7 +178,7 @@ def complete_file(target: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file under another name and rename it once it is complete and on the disk."""
+    """Write a file under another name, and rename it once it is complete and on the disk."""
     with complete_file(file) as out:
         out.write(content)
 
@@ -189,12 +189,12 @@ def write_json(file: Path, content: object) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which is renamed to `folder` at the end, if all went well.
+    """A folder to fill, which is renamed to `folder` at the end, unless there was an error.
 
-    A checkpoint of that name is replaced, whole; a folder of anything else is refused.
+    It replaces a whole checkpoint of that name. Raises ValueError for a folder of other files.
     """
-    known = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    if folder.exists() and not known and any(folder.iterdir()):
+    is_checkpoint = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    if folder.exists() and not is_checkpoint and any(folder.iterdir()):
         raise ValueError(f"{folder}: exists and is not a checkpoint; remove it or choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:

@@ -1,4 +1,4 @@
-"""What an encoder gives: a file of vectors for a file of texts, and the states of words."""
+"""The output of an encoder: a file of vectors for a file of texts, and the states of words."""
 
 import itertools
 import json
@@ -25,21 +25,20 @@ def encode_file(
     instruction: str | None = None,
     normalize: bool = False,
 ) -> int:
-    """Write the vectors that an encoder gives a file's texts; returns their number.
+    """Write the vectors of the texts in a file; returns their number.
 
-    Memory is that of 4,096 texts, but for one JSON array, which is read whole.
+    4,096 texts at a time are in memory, but a JSON array is read whole. Standard error says how
+    many texts are longer than the model's max_length, and are cut.
 
-    Standard error says how many texts are longer than the model's max_length, and are cut.
-
-    Under torchrun each process encodes one contiguous part of the texts and writes it by itself:
-    `vectors.npy` becomes `vectors-00000-of-00004.npy` and so on, which stand in the order of the
-    texts. A file appears under its name once it is complete.
+    Under torchrun each process encodes one contiguous part of the texts and writes its own file:
+    `vectors.npy` becomes `vectors-00000-of-00004.npy` and so on, in the order of the texts. A file
+    is renamed into place once it is complete.
 
     Args:
-        source: a text a line, or one of the kinds that `read_documents` knows by their suffix,
-            perhaps compressed (.gz); `-` is standard input, a text a line.
-        target: NumPy's format, float32 (N, d); or JSON lines (.jsonl, or `-` for standard output),
-            which repeat the fields of the input and add `vector`.
+        source: one text a line, or another kind of file by its suffix, see `read_documents`; it may
+            be compressed (.gz). `-` is standard input, one text a line.
+        target: NumPy's format, float32 (N, d); or JSON lines (.jsonl, or `-` for standard output)
+            with the fields of the input and `vector`.
     """
     if WORLD_SIZE > 1:
         if "-" in (source, target):
@@ -70,7 +69,7 @@ def encode_file(
                 print(f"\r{done} texts, {pace:.0f} a second", end="", file=sys.stderr, flush=True)
         if RANK == 0:
             print(file=sys.stderr)
-        tell_cut(model, cut, done)
+        report_cut(model, cut, done)
         if not as_json:
             out.seek(0)
             write_header(out, model, done)
@@ -78,27 +77,27 @@ def encode_file(
 
 
 def write_header(out: BinaryIO, model, number: int) -> None:
-    """The header of a .npy file of vectors, in which numpy leaves room for a larger number."""
+    """Write the header of a .npy file of vectors; numpy leaves room in it for a larger number."""
     shape = (number, model.width)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(out, header)
 
 
 def count_cut(model, texts: list[str], instruction: str | None) -> int:
-    """How many texts have more tokens than the model reads of one."""
+    """The number of texts with more than max_length tokens."""
     rows = model.rows(texts, instruction, max_length=2**31)
     return sum(len(ids) > model.max_length for ids, _ in rows)
 
 
-def tell_cut(model, cut: int, number: int) -> None:
-    """Say on standard error how many of a number of texts are cut."""
+def report_cut(model, cut: int, number: int) -> None:
+    """Print on standard error how many of `number` texts are cut."""
     if cut:
-        what = f"{cut} of {number} texts are cut at {model.max_length} tokens"
-        print(f"{what}, which --max-length sets", file=sys.stderr)
+        message = f"{cut} of {number} texts are cut at {model.max_length} tokens"
+        print(f"{message}, which --max-length sets", file=sys.stderr)
 
 
 def read_records(source: str) -> Iterator[dict]:
-    """The records of a file, those of this process, as {"text": ...} and what else they hold."""
+    """This process's records of a file, as {"text": ...} with all other fields."""
     first, last = 0, None
     if WORLD_SIZE > 1:
         n = sum(1 for _ in records_of(source))
@@ -114,8 +113,8 @@ def read_records(source: str) -> Iterator[dict]:
 def word_states(encoder, sentences: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
     """States of all words, (words, d) float32: at a word's tokens, and one token before each.
 
-    A word's vector averages those of its tokens. The state before a token is where the model
-    predicts it; the first token of a row has none before, and gives its own.
+    Both average over the tokens of a word. The model predicts a token from the state before it. The
+    first token of a row has no state before it, so its own state is used.
     """
     decoder = encoder.decoder.eval()
     encodings = encoder.tokenizer.encode_batch([" ".join(words) for words in sentences])
@@ -126,9 +125,9 @@ def word_states(encoder, sentences: Sequence[Sequence[str]]) -> tuple[Tensor, Te
         ids = pad([encodings[i].ids for i in batch], decoder.device)
         segments = pad([[1] * len(encodings[i].ids) for i in batch], decoder.device)
         for row, i in zip(decoder(ids, segments).float().cpu(), batch, strict=True):
-            # The word that a token is in, by where it ends; a space goes with the word behind it.
+            # A token is in the word where it ends: it may start with the space before the word.
             inside = np.repeat(np.arange(len(sentences[i])), [len(w) + 1 for w in sentences[i]])
-            # Special tokens are nowhere in the text: they end where they start.
+            # Special tokens are not in the text: they end where they start.
             ends = {t: end for t, (start, end) in enumerate(encodings[i].offsets) if end > start}
             word = torch.from_numpy(firsts[i] + inside[list(ends.values())])
             t = torch.tensor(list(ends))

@@ -29,18 +29,18 @@ SHARD = 5 * 10**9  # bytes of weights in one file, at most, as on the Hugging Fa
 def save_encoder(model, folder: Path) -> None:
     """Write an encoder as a Hugging Face folder with the files of sentence-transformers.
 
-    transformers 5.2 and later honours its `"is_causal": false`; sentence-transformers gives the
-    same vectors. Modules beside the decoder go to extra.safetensors, and sentence-transformers then
-    refuses the folder, instead of leaving them out. The folder appears under its name once it is
-    complete; a checkpoint of that name is replaced. Raises ValueError if adapters are not merged,
-    or the folder holds something else.
+    transformers 5.2 and later reads its `"is_causal": false`; sentence-transformers gives the same
+    vectors. Other modules than the decoder go to extra.safetensors; sentence-transformers then
+    can't load the folder, because it would leave them out. The folder is renamed into place once
+    it is complete, and replaces a checkpoint of that name. Raises ValueError if adapters are not
+    merged, or if the folder holds something else.
     """
     state = model.decoder.state_dict()
     if any("lora_" in name for name in state):
         raise ValueError("adapters are not merged: call merge_lora before save")
     if any(weight.dtype not in FLOATS for weight in state.values()):
-        raise ValueError("4-bit weights are for training: save the weights as they were")
-    if model.decoder.can_predict:  # a causal-LM checkpoint, whose inner model is `model`
+        raise ValueError("4-bit weights are for training: save the original weights")
+    if model.decoder.can_predict:  # in a causal-LM checkpoint, `model` is the inner model
         state = {n if n == "lm_head.weight" else f"model.{n}": w for n, w in state.items()}
     inside = ("decoder.", "heads.")
     extra = {k: w for k, w in model.state_dict().items() if not k.startswith(inside)}
@@ -54,7 +54,7 @@ def save_encoder(model, folder: Path) -> None:
             try:
                 part = {key: weight.contiguous() for key, weight in part.items()}
                 save_file(part, new / name, metadata={"format": "pt"})
-            except SafetensorError as error:  # of a full disk, too
+            except SafetensorError as error:  # also for a full disk
                 raise OSError(f"{new / name}: {error}") from None
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -64,13 +64,13 @@ def save_encoder(model, folder: Path) -> None:
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         card = model_card(model, folder.name, SENTENCE_BERT in files and not extra)
         (new / "README.md").write_text(card, encoding="utf-8")
-        for file in new.glob("*.safetensors"):  # which safetensors writes for this user alone
+        for file in new.glob("*.safetensors"):  # safetensors lets only this user read them
             file.chmod((new / "config.json").stat().st_mode)
     model.decoder.name_or_path = str(folder.resolve())
 
 
 def stop_sign(names: Iterable[str]) -> list[dict]:
-    """A modules.json that sentence-transformers can't load, instead of leaving something out."""
+    """A modules.json that sentence-transformers can't load, so that it leaves nothing out."""
     kind = "llm2vec.LLM2Vec with " + "+".join(dict.fromkeys(n.partition(".")[0] for n in names))
     return [{"idx": 0, "name": "0", "path": "", "type": kind}]
 
@@ -78,58 +78,58 @@ def stop_sign(names: Iterable[str]) -> list[dict]:
 def checkpoint_files(model) -> dict[str, object]:
     """Every JSON file of a checkpoint folder, by name.
 
-    sentence-transformers averages all tokens, BOS included, but for those of a prompt. So where
-    the tokenizer puts BOS in front, its state gets the weight 0, by a module WordWeights. (With a
-    prompt the mean is then too short, by the prompt's share of the tokens: cosines are not.) What a
-    template puts in front may also stand in a text, and other poolings have no such weights: there,
-    every prompt starts with a character that the tokenizer drops, so that BOS is of the prompt.
-    The last token is the last one, whatever is left out before it. Of several tokens that follow
-    every text, sentence-transformers counts all but one as its prompt's. So its files are left out
-    for a template that ends with several and leaves the prompt out, and for an unknown pooling.
+    sentence-transformers averages all tokens, with BOS, but without the prompt. So if the tokenizer
+    adds a BOS, its state gets the weight 0, by a module WordWeights. (With a prompt the mean is
+    then too short, by the prompt's share of the tokens: cosines are right.) But the tokens of a
+    template may also be in a text, and other poolings have no such weights: then every prompt
+    starts with a character that the tokenizer drops, so that BOS belongs to the prompt. The last
+    token is the same whatever is left out before it. Of several tokens after every text,
+    sentence-transformers counts all but one to the prompt. So its files are left out for a template
+    with several such tokens if the prompt is not pooled, and for an unknown pooling.
     """
     config, tokenizer = model.decoder.config, json.loads(model.tokenizer.to_str())
-    in_front, behind = tokens_around(model.tokenizer)
-    all_count = model.include_prompt or model.pooling == "last"
-    left_out = [] if all_count else in_front
+    before, after = tokens_around(model.tokenizer)
+    all_pooled = model.include_prompt or model.pooling == "last"
+    left_out = [] if all_pooled else before
     never_in_text = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
-    weightless = left_out if model.pooling == "mean" and never_in_text.issuperset(in_front) else []
-    lead = NOTHING if left_out and not weightless else ""
-    # The space behind an instruction is one token with the text's first, and none without it.
+    weightless = left_out if model.pooling == "mean" and never_in_text.issuperset(before) else []
+    start = NOTHING if left_out and not weightless else ""
+    # A space at the end of an instruction is a part of the text's first token, not a token itself.
     prompts = {"query": "", "document": ""} | model.prompts
-    prompts = {name: lead + re.sub(" $", f" {NOTHING}", prompt) for name, prompt in prompts.items()}
+    prompts = {name: start + re.sub(" $", f" {NOTHING}", text) for name, text in prompts.items()}
     pre, normalizer = tokenizer["pre_tokenizer"] or {}, tokenizer["normalizer"]
-    if lead and pre.get("prepend_scheme") == "first":  # with a prompt, it would not be first
+    if start and pre.get("prepend_scheme") == "first":  # after a prompt, it would not be first
         pre["prepend_scheme"] = "always"
     if any(prompts.values()) and NOTHING not in json.dumps(normalizer, ensure_ascii=False):
         patterns = {"Regex": f" {NOTHING}$"}, {"String": NOTHING}
         steps = [{"type": "Replace", "pattern": p, "content": ""} for p in patterns]
         steps += [normalizer] if normalizer else []
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
-    # For padding, a special token, else one of the vocabulary: not a word that was added to it.
+    # The padding token is special, or else any token that was not added to the vocabulary.
     special = [i for i in sorted(never_in_text) if i < config.vocab_size]
-    unfit = {token["id"] for token in tokenizer["added_tokens"]} - {*special} | {*in_front}
+    unfit = {token["id"] for token in tokenizer["added_tokens"]} - {*special} | {*before}
     pad = next(i for i in (*special, *range(len(unfit) + 1)) if i not in unfit)
     kind = "ForCausalLM" if model.decoder.can_predict else "Model"
     family = {"smollm3": "SmolLM3"}.get(config.model_type, config.model_type.capitalize())
-    how = ("pooling", "max_length", "separator", "include_prompt")
+    options = ("pooling", "max_length", "separator", "include_prompt")
     fields = {k: v for k, v in vars(config).items() if k not in FEATURES} | {
         "architectures": [family + kind],
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "pad_token_id": pad,
-        # Where no token ends a text: text-embeddings-inference wants one, to pad with.
-        "eos_token_id": behind[0] if len(behind) == 1 else pad,
+        # If no token ends a text, `pad`: text-embeddings-inference needs one for padding.
+        "eos_token_id": after[0] if len(after) == 1 else pad,
         "torch_dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
-        "llm2vec": {name: getattr(model, name) for name in how},
+        "llm2vec": {name: getattr(model, name) for name in options},
     }
     if config.model_type != "mistral":
         fields["use_sliding_window"] = config.sliding_window is not None
-    if not config.is_causal:  # in the words of text-embeddings-inference
+    if not config.is_causal:  # for text-embeddings-inference
         fields["use_bidirectional_attention"] = True
-    if config.layer_types is None:  # the very key makes a Ministral of a Mistral, in transformers
+    if config.layer_types is None:  # with this key, transformers reads a Mistral as a Ministral
         del fields["layer_types"]
     if (config.rope_scaling or {}).get("rope_type", "default") == "default":
-        del fields["rope_scaling"]  # text-embeddings-inference refuses a scaling that it can't do
+        del fields["rope_scaling"]  # text-embeddings-inference raises for an unknown scaling
     tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": model.tokenizer.id_to_token(pad),
@@ -137,18 +137,18 @@ def checkpoint_files(model) -> dict[str, object]:
         "split_special_tokens": True,
         "model_max_length": model.max_length,
     }
-    if len(behind) == 1:
-        tokens["eos_token"] = model.tokenizer.id_to_token(behind[0])
-    if len(in_front) == 1:
-        fields["bos_token_id"] = in_front[0]
-        # sentence-transformers takes a BOS that it knows, and that ends a prompt, for text. With
-        # these fields, transformers writes anew what stands around a text, and needs them all.
-        if not lead and never_in_text.issuperset(in_front) and len(behind) <= 1:
-            tokens["bos_token"] = model.tokenizer.id_to_token(in_front[0])
-            tokens |= {"add_bos_token": True, "add_eos_token": bool(behind)}
+    if len(after) == 1:
+        tokens["eos_token"] = model.tokenizer.id_to_token(after[0])
+    if len(before) == 1:
+        fields["bos_token_id"] = before[0]
+        # If sentence-transformers knows the BOS, it counts a BOS that ends a prompt as text. With
+        # these fields, transformers adds the tokens around a text itself, and needs all of them.
+        if not start and never_in_text.issuperset(before) and len(after) <= 1:
+            tokens["bos_token"] = model.tokenizer.id_to_token(before[0])
+            tokens |= {"add_bos_token": True, "add_eos_token": bool(after)}
     files = {"config.json": fields, "tokenizer.json": tokenizer, TOKENIZER: tokens}
     pooling = POOLING_MODES.get(model.pooling)
-    if pooling is None or len(behind) > 1 and not all_count:
+    if pooling is None or len(after) > 1 and not all_pooled:
         return files
     modules = ["Transformer", "WordWeights", "Pooling"]
     if weightless:  # a character for each id
@@ -157,21 +157,21 @@ def checkpoint_files(model) -> dict[str, object]:
         files["1_WordWeights/config.json"] = weights
     else:
         modules.remove("WordWeights")
-    place = "sentence_transformers.models."
+    package = "sentence_transformers.models."
     return files | {
         "modules.json": [
-            {"idx": i, "name": str(i), "path": f"1_{name}" if i else "", "type": place + name}
+            {"idx": i, "name": str(i), "path": f"1_{name}" if i else "", "type": package + name}
             for i, name in enumerate(modules)
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": config.hidden_size,
             **{f"pooling_mode_{name}": name == pooling for name in POOLING_MODES.values()},
-            "include_prompt": all_count,
+            "include_prompt": all_pooled,
         },
         SENTENCE_BERT: {"max_seq_length": model.max_length, "do_lower_case": False},
         PROMPTS: {
-            "prompts": prompts | ({"default": lead} if lead else {}),
-            "default_prompt_name": "default" if lead else None,
+            "prompts": prompts | ({"default": start} if start else {}),
+            "default_prompt_name": "default" if start else None,
             "similarity_fn_name": "cosine",
         },
     }

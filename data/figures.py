@@ -1,12 +1,12 @@
-"""Pictures: the method's three steps, what they change in a model, a run's loss, its scores.
+"""Pictures: the three steps of the method, their effect in a model, the loss of a run, its scores.
 
     python train.py && python -m data.figures method
     python -m data.figures layers --model MODEL --adapters MNTP SIMCSE --output layers.svg
     python -m data.figures curves RUN
     python -m data.figures bars RUN/results.json --output results.svg
 
-matplotlib draws them (`pip install -e ".[figures]"`), as SVG whose colours follow the reader's
-light or dark mode, without a background of its own.
+matplotlib draws them (`pip install -e ".[figures]"`), as SVG without a background. The colours
+follow the reader's light or dark mode.
 """
 
 import argparse
@@ -40,25 +40,25 @@ except ImportError:  # only pictures need it
     Axes = Figure = None
 
 HERE = Path(__file__).parent
-# What the picture of the method reads: each word is one token of the tiny model.
+# The texts in the picture of the method: each word is one token of the tiny model.
 SENTENCE, HIDDEN = "The official language is French.", "language"
 OTHERS = ["Most people speak French.", "The two countries share a border."]
 OTHERS += ["Paris is the capital of France.", "A man is playing a guitar."]
 
 
-# --- What is measured --------------------------------------------------------------------------
+# --- Measurements ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def layer_cosines(encoder: LLM2Vec, texts: Sequence[str], positions: int = 32) -> np.ndarray:
-    """How alike the hidden states of causal and bidirectional attention are, before any training.
+    """Cosines between the hidden states of causal and of bidirectional attention, before training.
 
     The cosine between the two states of each token after each layer (before the final norm),
-    averaged over the texts that are long enough: (layers, positions), NaN where none is. Texts are
-    cut at `positions` tokens. The paper (section 5.2) finds it near 1 for Mistral-7B alone.
+    averaged over the texts that are long enough: (layers, positions), NaN if no text is. Texts are
+    cut at `positions` tokens. In the paper (section 5.2), only Mistral-7B has cosines near 1.
     """
     decoder = encoder.decoder.eval()
-    causal, both_ways = copy.copy(decoder), copy.copy(decoder)  # of the same weights
+    causal, both_ways = copy.copy(decoder), copy.copy(decoder)  # with the same weights
     causal.config = replace(decoder.config, is_causal=True)
     both_ways.config = replace(decoder.config, is_causal=False)
     layers = len(decoder.layers)
@@ -75,12 +75,12 @@ def layer_cosines(encoder: LLM2Vec, texts: Sequence[str], positions: int = 32) -
 def guesses(
     encoder: LLM2Vec, sentence: str, word: str
 ) -> tuple[list[str], dict[str, float], float]:
-    """The tokens of a sentence, and what the model guesses where `word` is hidden behind `_`.
+    """The tokens of a sentence, and the model's guesses for `word`, which is masked by `_`.
 
-    These are the three likeliest tokens with their probabilities, and the probability of `word`.
-    As in MNTP, they are read off the state before the hidden token.
+    The guesses are the three likeliest tokens with their probabilities, and the probability of
+    `word`. As in MNTP, they are predicted from the state before the masked token.
     """
-    [(ids, own)] = tokenize(encoder.tokenizer, [sentence], encoder.max_length)
+    [(ids, pooled)] = tokenize(encoder.tokenizer, [sentence], encoder.max_length)
     words = [encoder.tokenizer.decode([k]).strip() for k in ids]
     if word not in words[1:]:
         raise ValueError(f"{word!r} is not one token of this model: {' '.join(words)}")
@@ -89,14 +89,14 @@ def guesses(
     chances = decoder.logits(decoder(masked)[0, i - 1]).float().softmax(-1)
     likeliest = chances.topk(3).indices.tolist()
     named = {encoder.tokenizer.decode([k]).strip(): chances[k].item() for k in likeliest}
-    return words[own.index(True) :], named, chances[ids[i]].item()
+    return words[pooled.index(True) :], named, chances[ids[i]].item()
 
 
 @torch.no_grad()
 def view_cosines(encoder: LLM2Vec, texts: Sequence[str], draws: int = 32) -> list[float]:
-    """The cosines that SimCSE trains, of the first text and each text (itself too) read again.
+    """The cosines that SimCSE trains: of the first text with a second reading of every text.
 
-    Each reading has its own dropout, the paper's 0.3 on attention; the mean of so many draws.
+    Each reading has another dropout, the paper's 0.3 on attention. Means over `draws` readings.
     """
     decoder, rows = encoder.decoder, tokenize(encoder.tokenizer, texts, encoder.max_length)
     before, decoder.config.attention_dropout = decoder.config.attention_dropout, 0.3
@@ -108,7 +108,7 @@ def view_cosines(encoder: LLM2Vec, texts: Sequence[str], draws: int = 32) -> lis
 
 
 def read_log(run: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and their losses, by stage, from the log.jsonl of a run folder or of those in it."""
+    """Steps and losses, by stage, from the log.jsonl of a run folder, or of the folders in it."""
     files, logs = [*Path(run).glob("log.jsonl"), *Path(run).glob("*/log.jsonl")], {}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         with reading(file):
@@ -117,13 +117,13 @@ def read_log(run: str | Path) -> dict[str, list[tuple[int, float]]]:
         if points:
             logs[file.parent.resolve().name] = points
     if not logs:
-        raise FileNotFoundError(f"{run}: no log.jsonl with a step, in it or one folder below")
+        raise FileNotFoundError(f"{run}: no log.jsonl with a step, in it or in its folders")
     return logs
 
 
 # --- Drawing -----------------------------------------------------------------------------------
 
-# Each colour on a light page, and what stands for it on a dark one.
+# Each colour on a light page, and the one for a dark page.
 COLOURS = {"#1f2328": "#f0f6fc", "#59636e": "#9198a1", "#d1d9e0": "#3d444d", "#e6e8eb": "#262c36"}
 COLOURS |= {"#0969da": "#4493f7", "#bc4c00": "#f0883e"}
 INK, MUTED, RULE, FAINT, BLUE, ORANGE = COLOURS
@@ -134,7 +134,7 @@ Place = tuple[float, float, float, float]  # x, y, width, height in pixels from 
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many pixels: at 72 dots per inch, a point is a pixel."""
+    """A figure with a size in pixels: at 72 dots per inch, a point is a pixel."""
     if Figure is None:
         raise ValueError('pictures need matplotlib: pip install -e ".[figures]"')
     matplotlib.rcParams.update(STYLE)
@@ -142,7 +142,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def panel(figure: Figure, place: Place, title: str = "", about: str = "") -> Axes:
-    """Axes of pixels below a title and a line about them."""
+    """Axes in pixels, below a title and a line of text."""
     (x, y, width, height), (w, h) = place, figure.bbox.size
     ax = figure.add_axes((x / w, 1 - (y + height) / h, width / w, height / h), facecolor="none")
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
@@ -166,7 +166,7 @@ def svg(figure: Figure) -> str:
 
 
 def bars(ax: Axes, rows: dict[str, tuple], x: float, unit: float, best: str, digits: str) -> None:
-    """A bar for each row, from x on and `unit` long for 1; that of `best` is orange.
+    """A bar for each row, from x on; a score of 1 is `unit` long. The bar of `best` is orange.
 
     rows: mean, lowest and highest score by name; a line goes from the lowest to the highest.
     """
@@ -182,7 +182,7 @@ def bars(ax: Axes, rows: dict[str, tuple], x: float, unit: float, best: str, dig
 
 
 def mask_panel(figure: Figure, place: Place, words: Sequence[str]) -> None:
-    """Step 1: a row for each token, with a cell for each that it attends to, blue if causally."""
+    """Step 1: a row for each token, with a cell for each token it sees; causal ones are blue."""
     ax = panel(figure, place, "1 · Look both ways", "The mask opens, no weight changes.")
     T, cell = len(words), 156 / len(words)
     causal = llm2vec.attention_mask(torch.ones(1, T), is_causal=True).flatten()
@@ -196,7 +196,7 @@ def mask_panel(figure: Figure, place: Place, words: Sequence[str]) -> None:
 
 
 def mntp_panel(figure: Figure, place: Place, words: Sequence[str], guessed, untrained) -> None:
-    """Step 2: the state before a hidden token, and what it guesses."""
+    """Step 2: the state before a masked token, and its guesses."""
     ax = panel(figure, place, "2 · Name what is hidden", "MNTP: read off the state before it.")
     i, x = words.index(HIDDEN), np.linspace(16, 258, len(words))
     box = {"boxstyle": "round,pad=0.5", "fc": FAINT, "ec": "none"}
@@ -217,19 +217,19 @@ def mntp_panel(figure: Figure, place: Place, words: Sequence[str], guessed, untr
 def simcse_panel(figure: Figure, place: Place, cosines: dict[str, tuple[float, float]]) -> None:
     """Step 3: cosines of a sentence with others, before and after."""
     ax = panel(figure, place, "3 · Tell sentences apart", "SimCSE: cosines of this sentence with")
-    for k, (said, pair) in enumerate(cosines.items()):
+    for k, (text, pair) in enumerate(cosines.items()):
         y, colour, (x, x1) = 37 + 46 * k, BLUE if k else ORANGE, np.clip(pair, 0, 1) * 150
         ax.hlines([y, y], [0, x], [150, x1], [RULE, colour], lw=2)
         ax.plot(x, y, "o", color=colour, mfc="none", ms=8, mew=2)
         ax.plot(x1, y, "o", color=colour, ms=9)
-        ax.text(0, y - 15, said, color=INK)
+        ax.text(0, y - 15, text, color=INK)
         ax.text(240, y + 4, "{:.2f} → {:.2f}".format(*pair), color=colour, ha="right")
     ax.text(0, 268, "○ before, ● after SimCSE")
 
 
 def draw_method(args: argparse.Namespace) -> Figure:
     if len(args.adapters) != 2:
-        raise ValueError("--adapters: expected two, which MNTP and SimCSE trained")
+        raise ValueError("--adapters: expected two, trained by MNTP and by SimCSE")
     figure = new_figure(*((330, 1050) if args.narrow else (830, 330)))
     steps = (llm2vec.load(args, adapters=args.adapters[:n], is_causal=n == 0) for n in range(3))
     _, _, untrained = guesses(next(steps), SENTENCE, HIDDEN)
@@ -248,18 +248,18 @@ def draw_method(args: argparse.Namespace) -> Figure:
 def shade(ax: Axes, cosines: np.ndarray) -> None:
     """A row of cells for each layer, the first one lowest; NaN is left out.
 
-    A shade is the cube of its cosine: most are near 1, and would look the same. All cells of a
-    shade are one thick line with gaps, for a path for each of them would make the file large.
+    A shade is the cube of its cosine: most cosines are near 1, and would look the same. All cells
+    of a shade are one thick line with gaps, because a path for each cell would make a large file.
     """
     level = np.pad(np.round(np.clip(cosines, 0, 1) * 40), ((0, 0), (0, 1))).repeat(2, axis=1)
     y, x = np.indices(level.shape)
     edges, (layers, positions) = (x.ravel() + 1) // 2 - 0.5, cosines.shape
-    how = {"lw": ax.bbox.height / layers, "solid_capstyle": "butt", "color": BLUE}
+    options = {"lw": ax.bbox.height / layers, "solid_capstyle": "butt", "color": BLUE}
     for value in np.unique(level[level > 0]):
         line = np.where(level == value, y + 1, np.nan).ravel()
-        ax.plot(edges, line, alpha=(value / 40) ** 3, **how)
+        ax.plot(edges, line, alpha=(value / 40) ** 3, **options)
     ax.set(xlim=(-0.5, positions - 0.5), ylim=(0.5, layers + 0.5))
-    ax.set_gid(f"cells{len(ax.figure.axes)}")  # for which svg() has a rule
+    ax.set_gid(f"cells{len(ax.figure.axes)}")  # svg() has a rule for it
 
 
 def draw_layers(args: argparse.Namespace) -> Figure:
@@ -274,11 +274,11 @@ def draw_layers(args: argparse.Namespace) -> Figure:
         shade(ax, cosines)
         ax.set_xticks(range(0, 32, 8))
         ax.set_yticks([] if n else sorted({1, *range(5, len(cosines) - 1, 5), len(cosines)}))
-    scale = panel(figure, (490, 300, 120, 12))
-    shade(scale, np.arange(1, 21)[None] / 20)
-    said = "Cosine of causal and bidirectional states, by layer (upwards) and token: 0"
-    scale.text(-1.5, 0.7, said, ha="right")
-    scale.text(20.5, 0.7, "1")
+    legend = panel(figure, (490, 300, 120, 12))
+    shade(legend, np.arange(1, 21)[None] / 20)
+    text = "Cosine of causal and bidirectional states, by layer (upwards) and token: 0"
+    legend.text(-1.5, 0.7, text, ha="right")
+    legend.text(20.5, 0.7, "1")
     return figure
 
 
@@ -314,24 +314,24 @@ def draw_bars(args: argparse.Namespace) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.figures", description="Draw pictures.")
     commands = parser.add_subparsers(required=True)
-    method = commands.add_parser("method", help="the three steps, with a model's own numbers")
+    method = commands.add_parser("method", help="the three steps, with the numbers of a model")
     llm2vec.add_model_flags(method, default=TINY)
     method.set_defaults(draw=draw_method, adapters=["runs/tiny/mntp", "runs/tiny/simcse"])
     method.add_argument("--narrow", action="store_true", help="the steps one below the other")
     method.add_argument("--output", default=HERE / "pictures" / "method.svg")
-    layers = commands.add_parser("layers", help="what looking both ways changes, layer by layer")
+    layers = commands.add_parser("layers", help="the effect of looking both ways, layer by layer")
     llm2vec.add_model_flags(layers, required=True)
     layers.set_defaults(draw=draw_layers)
     layers.add_argument("--corpus", default=WIKIPEDIA, help="its held-out documents are read")
     layers.add_argument("--output", default="layers.svg")
     curves = commands.add_parser("curves", help="the loss of a run by step")
     curves.set_defaults(draw=draw_curves)
-    curves.add_argument("run", metavar="RUN", help="folder with a log.jsonl, or with such folders")
+    curves.add_argument("run", metavar="RUN", help="run folder, or a folder of run folders")
     curves.add_argument("--output", help="(default: RUN/curves.svg)")
     table = commands.add_parser("bars", help="a score of each row of a table")
     table.set_defaults(draw=draw_bars)
     table.add_argument("table", metavar="TABLE", help="results file, as train.py writes it")
-    table.add_argument("--score", default="stsb-test", help="its name there (default: %(default)s)")
+    table.add_argument("--score", default="stsb-test", help="score (default: %(default)s)")
     table.add_argument("--title", help="(default: the name)")
     table.add_argument("--output", default="bars.svg")
     args = parser.parse_args()

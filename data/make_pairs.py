@@ -1,8 +1,8 @@
 """Make pairs/wikipedia.jsonl from wikipedia.jsonl: `python data/make_pairs.py`.
 
 The query is an article's short description, the positive the first two sentences of its
-introduction, the negative those of another article of the same topic. Held-out articles, whose
-retrieval is scored, are in none of the three places; nor is a description that two articles share.
+introduction, the negative those of another article of the same topic. Held-out articles are
+not used, because they score retrieval; nor is a description that two articles share.
 """
 
 import json
@@ -16,11 +16,11 @@ from llm2vec_data.pairs import PAIRS
 
 def make_pairs(count: int = 3000, seed: int = 0) -> list[dict[str, str]]:
     records = read_articles(WIKIPEDIA)
-    kept = set(split_documents([record["text"] for record in records])[0])
-    said = Counter(record["description"].lower() for record in records)
+    training = set(split_documents([record["text"] for record in records])[0])
+    counts = Counter(record["description"].lower() for record in records)
     by_topic: dict[str, list[tuple[str, str]]] = {}
     for record in records:
-        if record["text"] in kept and record["topic"] != "Uncategorized":
+        if record["text"] in training and record["topic"] != "Uncategorized":
             opening = " ".join(sentences(record["text"])[:2])
             by_topic.setdefault(record["topic"], []).append((record["description"], opening))
     draw, pairs = random.Random(seed), []
@@ -28,7 +28,7 @@ def make_pairs(count: int = 3000, seed: int = 0) -> list[dict[str, str]]:
         for i, (description, opening) in enumerate(articles):
             other = draw.randrange(len(articles) - 1)
             negative = articles[other + (other >= i)][1]
-            if said[description.lower()] == 1:
+            if counts[description.lower()] == 1:
                 pairs.append({"query": description, "positive": opening, "negative": negative})
     draw.shuffle(pairs)
     return pairs[:count]

@@ -5,12 +5,12 @@
 
     python data/make_tiny.py          about an hour and a half on two CPU cores
 
-Tokenizer: the first 6,000 merges of SmolLM2's byte-level BPE; its tokens are a prefix of
-SmolLM2's, with the same ids. Embeddings: SmolLM2's, reduced from 576 to 256 dimensions by PCA.
-Layers: random, trained as a causal language model on the training side of data/wikipedia.jsonl,
-where the target is a mixture of the true next token and of what SmolLM2 predicts (knowledge
-distillation, Hinton et al. 2015). Held-out documents give the loss that it prints, and are not
-trained on; benchmarks are never read.
+Tokenizer: the first 6,000 merges of SmolLM2's byte-level BPE; its tokens are the first ones of
+SmolLM2, with the same ids. Embeddings: SmolLM2's, reduced from 576 to 256 dimensions by PCA.
+Layers: random, trained as a causal language model on the training side of data/wikipedia.jsonl.
+The target is a mixture of the true next token and of SmolLM2's predictions (knowledge distillation,
+Hinton et al. 2015). The printed loss is on held-out documents, which are not trained on.
+Benchmarks are never read.
 """
 
 import json
@@ -49,13 +49,13 @@ def smaller_tokenizer(file: Path) -> Tokenizer:
 def teach(blocks: Tensor, small: Tokenizer, folder: Path) -> tuple[Tensor, Tensor]:
     """SmolLM2's TOP most likely next tokens and their probabilities, (N, LENGTH, TOP) each.
 
-    SmolLM2 reads the small tokenizer's ids, which are its own. The probability of a token that the
-    small vocabulary lacks goes to the token that its text starts with.
+    SmolLM2 reads the small tokenizer's ids, because they are also its ids. If the small vocabulary
+    lacks a token, its probability goes to the small token at the start of its text.
     """
     teacher, V = Decoder.from_pretrained(folder, torch.bfloat16), small.get_vocab_size()
     pieces = torch.arange(teacher.config.vocab_size)
     for token, i in Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab().items():
-        if i >= V:  # BPE on the token's own characters; the alphabet is the same
+        if i >= V:  # BPE on the token's characters; the alphabet is the same
             pieces[i] = small.model.tokenize(token)[0].id
     index, prob = [], []
     for i in range(0, len(blocks), 8):
@@ -76,8 +76,8 @@ def start_from(embedding: Tensor, config: Config) -> Decoder:
     for name, weight in decoder.named_parameters():
         if weight.dim() == 2:
             depth = math.sqrt(2 * config.num_hidden_layers)
-            scale = depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5 / 2 / scale)
+            divisor = depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5 / 2 / divisor)
     centred = embedding - embedding.mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     reduced = centred @ axes[: config.hidden_size].T
@@ -90,7 +90,7 @@ def main() -> None:
     tokenizer = smaller_tokenizer(source / "tokenizer.json")
     V = tokenizer.get_vocab_size()
     blocks, held_out = (
-        cut_into_blocks([e.ids + [0] for e in tokenizer.encode_batch(side)], LENGTH)  # 0: its end
+        cut_into_blocks([e.ids + [0] for e in tokenizer.encode_batch(side)], LENGTH)  # 0: the end
         for side in split_documents(read_documents(WIKIPEDIA))
     )
     index, prob = teach(blocks, tokenizer, source)
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def write(decoder: Decoder, tokenizer: Tokenizer) -> None:
-    """A Hugging Face folder of the causal model, in bfloat16."""
+    """Write a Hugging Face folder of the causal model, in bfloat16."""
     config = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
     config |= {"torch_dtype": "bfloat16"} | vars(decoder.config)
     state = {f"model.{name}": w.bfloat16() for name, w in decoder.state_dict().items()}

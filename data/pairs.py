@@ -1,4 +1,4 @@
-"""Pairs for supervised contrastive training: a query, what answers it, and what does not."""
+"""Pairs for supervised contrastive training: a query, a right answer, and wrong ones."""
 
 import functools
 import re
@@ -11,8 +11,8 @@ from llm2vec_data.processes import RANK
 
 PAIRS = Path(__file__).parent / "pairs" / "wikipedia.jsonl"
 
-# What the fields of a pair are called: here and by sentence-transformers, FlagEmbedding, Tevatron
-# and SimCSE. A grade says whether a pair is one.
+# The names of the fields of a pair: here, and in sentence-transformers, FlagEmbedding, Tevatron and
+# SimCSE. A grade says whether the row is a right pair.
 NAMES = {
     "query": "query|anchor|sent0|sentence1",
     "positive": "positive|pos|positive_passages|sent1|sentence2",
@@ -29,21 +29,21 @@ def read_pairs(
     """Datasets, one a file, of pairs: dicts with query, positive, negatives (a list), instruction.
 
     A file holds JSON lines or an array (.jsonl, .ndjson, .json), or a table with a header (.csv,
-    .tsv), each perhaps compressed (.gz); of a folder all such files are taken. A row has `query`,
-    `positive`, and optionally `negative` (each of the two a string or a list of them) and
-    `instruction`: the layout of the public E5 data as the Echo embeddings' authors released it
-    (Springer et al. 2024), or under the other names of NAMES. Symmetric data (paraphrases,
-    entailment) has an `answer_instruction` too, for positive and negatives. A pair without an
-    instruction has that of its file: one of `instructions` for each path, or one for all.
+    .tsv), and may be compressed (.gz); of a folder, all such files are read. A row has `query`,
+    `positive`, and optionally `negative` and `instruction`; positive and negative are a string or a
+    list of strings. This is the layout of the public E5 data from the authors of Echo embeddings
+    (Springer et al. 2024); NAMES has other names. Symmetric data (paraphrases, entailment) also has
+    an `answer_instruction`, for positive and negatives. A pair without an instruction gets the one
+    of its file: `instructions` has one for each path, or one for all.
 
     Each of several positives makes a pair, with all the negatives. A pair without text on either
-    side is left out, and so is a blank negative. Standard error says of each file how many pairs,
-    negatives and instructions it holds, what was left out, and which fields are not read. Raises
-    FileNotFoundError, or ValueError naming file and line.
+    side is left out, and so is a blank negative. For each file, standard error says how many pairs,
+    negatives and instructions it holds, how many were left out, and which fields are not read.
+    Raises FileNotFoundError, or ValueError that names file and line.
     """
     if len(instructions) not in (1, len(paths)):
-        what = f"{len(instructions)} instructions for {len(paths)} paths of pairs"
-        raise ValueError(f"{what}: give one for each, or one for all")
+        message = f"{len(instructions)} instructions for {len(paths)} paths of pairs"
+        raise ValueError(f"{message}: give one for each, or one for all")
     datasets, kinds = [], (*JSON, *TABLES)
     for i, path in enumerate(map(Path, paths)):
         files = [path]
@@ -56,7 +56,7 @@ def read_pairs(
 
 
 def read_file(file: Path, instruction: str) -> list[dict]:
-    """The pairs of a file; standard error says what it holds."""
+    """The pairs of a file; a summary goes to standard error."""
     pairs, unread = [], {}
     left_out = {"pairs without a query or a positive": [], "blank negatives": []}
     blank_pairs, blank_negatives = left_out.values()
@@ -76,17 +76,17 @@ def read_file(file: Path, instruction: str) -> list[dict]:
             else:
                 blank_pairs.append(place)
     number = sum(len(pair["negatives"]) for pair in pairs)
-    led = sum(pair["instruction"] != "" for pair in pairs)
-    said = [f"{len(pairs)} pairs, {number} negatives, {led} with an instruction"]
+    instructed = sum(pair["instruction"] != "" for pair in pairs)
+    summary = [f"{len(pairs)} pairs, {number} negatives, {instructed} with an instruction"]
     if unread:
-        said.append(f"fields that are not read: {', '.join(unread)}")
-    for what, places in left_out.items():
+        summary.append(f"fields that are not read: {', '.join(unread)}")
+    for kind, places in left_out.items():
         if places:
-            said.append(f"left out {len(places)} {what}, the first of them {places[0]}")
+            summary.append(f"left out {len(places)} {kind}, the first of them {places[0]}")
     if RANK == 0:
-        print(*(f"{file}: {what}" for what in said), sep="\n", file=sys.stderr)
+        print(*(f"{file}: {line}" for line in summary), sep="\n", file=sys.stderr)
     if len(pairs) < 2:
-        raise ValueError(f"{file}: fewer than two pairs, there is nothing to contrast")
+        raise ValueError(f"{file}: fewer than two pairs, nothing to contrast")
     return pairs
 
 
@@ -96,7 +96,7 @@ def role_of(field: str) -> str | None:
 
 
 def fields_of(row: object, unread: dict[str, None]) -> dict:
-    """The fields of a row under the names of NAMES; `unread` takes the names of all others."""
+    """The fields of a row, by the keys of NAMES; the names of all others are added to `unread`."""
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object with a query and a positive")
     found: dict = {}
@@ -105,11 +105,11 @@ def fields_of(row: object, unread: dict[str, None]) -> dict:
         if role is None:
             unread[field] = None
         elif role == "grade" and str(value).lower() not in ("none", "1", "1.0", "true"):
-            what = "leave such rows out, or give their text as the negative of a pair"
-            raise ValueError(f"`{field}` is {value!r:.40}, and each row is taken as right: {what}")
+            advice = "leave such rows out, or give their text as the negative of a pair"
+            raise ValueError(f"`{field}` is {value!r:.40}, but every row must be right: {advice}")
         elif role != "grade" and value is not None:
             if role in found and role != "negatives":
-                raise ValueError(f"`{field}` is a second {role}: leave one of the two")
+                raise ValueError(f"`{field}` is a second {role}: keep one of the two")
             if role in ("positive", "negatives"):
                 values = value if isinstance(value, list) else [value]
                 found[role] = found.get(role, []) + [text_of(field, v) for v in values]
@@ -117,16 +117,16 @@ def fields_of(row: object, unread: dict[str, None]) -> dict:
                 found[role] = text_of(field, value)
     for role in ("query", "positive"):
         if role not in found:
-            what = f"expected a {role}, named {NAMES[role].replace('|', ', ')}"
-            raise ValueError(f"{what}; it has {', '.join(row):.200}")
+            message = f"expected a {role}, named {NAMES[role].replace('|', ', ')}"
+            raise ValueError(f"{message}; it has {', '.join(row):.200}")
     return found
 
 
 def text_of(field: str, value: object) -> str:
-    """A string, or the text of one of Tevatron's passages behind its title, as Tevatron has it."""
+    """A string; for a passage of Tevatron, its title and then its text, as in Tevatron."""
     if isinstance(value, dict) and isinstance(value.get("text"), str):
         value = f"{value.get('title') or ''} {value['text']}".strip()
     if not isinstance(value, str):
-        raise ValueError(f"`{field}`: expected a string, or of positives and negatives a list")
-    value.encode()  # half a surrogate pair is no text
+        raise ValueError(f"`{field}`: expected a string, or a list for positives and negatives")
+    value.encode()  # raises for half a surrogate pair
     return value

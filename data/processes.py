@@ -1,8 +1,8 @@
-"""Which device computes; and several processes, one for each GPU, as torchrun starts them.
+"""The device, and several processes, one for each GPU, started by torchrun.
 
 Each process has the whole model and draws the whole batch, but computes on its share of it. Losses
-are divided by counts of the whole batch, never of a share, so the sum of the processes' gradients
-is the gradient; only what is trained has any, so it is small.
+are divided by counts of the whole batch, never of a share, so the gradient is the sum of the
+processes' gradients. It is small, because only trained parameters have one.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 
 def default_device() -> str:
-    """cuda (of several GPUs, that of this process), else mps (Apple's, never tried), else cpu."""
+    """cuda (the GPU of this process, if there are several), else mps (never tried), else cpu."""
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def processor(device: str | torch.device) -> str:
-    """The name of the GPU that computes, or else of the CPU."""
+    """The name of the GPU, or else of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     linux = Path("/proc/cpuinfo")
@@ -37,14 +37,14 @@ def processor(device: str | torch.device) -> str:
 
 
 def has_bfloat16(device: str | torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16; where it does not, float32 is faster.
+    """Whether the hardware multiplies bfloat16; if not, float32 is faster.
 
-    NVIDIA's GPUs do from Ampere on (not T4 and V100, of which standard error says so), CPUs do with
-    AVX512-BF16 or AMX. Apple's GPUs were never tried, and count as if they did not.
+    NVIDIA's GPUs do since Ampere (for T4 and V100, standard error says that they don't); CPUs do
+    with AVX512-BF16 or AMX. Apple's GPUs were never tried; the answer for them is False.
     """
     device = torch.device(device)
     if device.type == "cpu":
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch 2.6 and later
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # in torch 2.6 and later
         return any(getattr(torch.cpu, name, bool)() for name in names)
     if device.type != "cuda":
         return False
@@ -56,7 +56,7 @@ def has_bfloat16(device: str | torch.device) -> bool:
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Meet the other processes of torchrun; one that is silent for a minute ends the run."""
+    """Connect to the other processes of torchrun; stop if one does not answer for a minute."""
     if WORLD_SIZE == 1:
         yield
         return
@@ -67,7 +67,7 @@ def processes() -> Iterator[None]:
     torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     try:
         yield
-    except RuntimeError as error:  # what the backends raise
+    except RuntimeError as error:  # raised by the backends
         raise ValueError(f"process {RANK} of {WORLD_SIZE} stopped: {error}") from None
     finally:
         torch.distributed.destroy_process_group()
@@ -88,7 +88,7 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: float) -> float
 
 
 def on_main(work: Callable[[], object]) -> None:
-    """Do on process 0 what is done once; the others wait for it."""
+    """Do work on process 0 alone; the other processes wait for it."""
     if RANK == 0:
         work()
     if WORLD_SIZE > 1:
@@ -96,7 +96,7 @@ def on_main(work: Callable[[], object]) -> None:
 
 
 def of_main(value: float) -> float:
-    """The value that process 0 has: what all decide by, and others may round otherwise."""
+    """The value of process 0. Others may round it otherwise, but all must decide the same."""
     if WORLD_SIZE == 1:
         return value
     shared = [value]

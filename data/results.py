@@ -1,10 +1,10 @@
-"""Put what was measured into the READMEs, so that no number there differs from its file.
+"""Write measured numbers into the READMEs, so that none of them differs from its file.
 
     python -m data.results             rewrites the tables and numbers that are marked
-    python -m data.results --check     changes nothing; lists what differs, exit status 1
+    python -m data.results --check     changes nothing; lists differences, with exit status 1
 
 The files are data/results/NAME.json, in the format of data/compare.py. A mark is a comment, which
-no reader of the page sees. This one says what a table is made of:
+is not shown on the page. This one describes a table:
 
     <!-- table {"title": "SmolLM2-135M", "files": ["smollm2"],
                 "columns": {"stsb-test": "STS-B", "STS": "three STS tasks"},
@@ -12,15 +12,15 @@ no reader of the page sees. This one says what a table is made of:
     ... the table ...
     <!-- end -->
 
-files      names of files; a row is of the first file that has it
-columns    scores, a list, or an object that gives each one its heading
+files      names of files; a row comes from the first file that has it
+columns    scores, a list, or an object with a heading for each one
 rows       the same for rows, in this order (default: all); "NAME | ROW" is the row of one file
-range      columns that show the lowest and the highest seed too, beside the mean
+range      columns that also show the lowest and the highest seed, after the mean
 title      heading of the rows
 printed    true: the table as `python train.py` prints it, with all scores, instead of columns
 
-and this one, in a sentence, says what the number after it is; of several seeds it is the mean, or
-else `| lowest` or `| highest` (not in a table, whose cells end at each `|`):
+And this one, in a sentence, describes the number after it. Of several seeds it is the mean, or
+with `| lowest` or `| highest` that seed (not in a table: there, each `|` ends a cell):
 
     SimCSE ends at <!--= smollm2 | + simcse | stsb-test -->.714.
 """
@@ -56,13 +56,13 @@ def row_of(files: dict[str, Rows], name: str) -> list[dict[str, float]]:
     file, _, row = name.rpartition(" | ")
     found = [rows[row] for key, rows in files.items() if file in ("", key) and row in rows]
     if not found:
-        known = ", ".join(f"{row!r}" for rows in files.values() for row in rows)
-        raise ValueError(f"{', '.join(files)}: no row {name!r}; there are {known}")
+        names = ", ".join(f"{row!r}" for rows in files.values() for row in rows)
+        raise ValueError(f"{', '.join(files)}: no row {name!r}; there are {names}")
     return found[0]
 
 
 def make_table(mark: dict, folder: Path) -> str:
-    """The Markdown table that a mark asks for."""
+    """The Markdown table for a mark."""
     if not {"files"} < mark.keys() <= KEYS or ("columns" in mark) == ("printed" in mark):
         raise ValueError("expected files, columns or printed, and perhaps rows, range, title")
     files = {name: read_results(folder / f"{name}.json") for name in mark["files"]}
@@ -91,7 +91,7 @@ def make_table(mark: dict, folder: Path) -> str:
 
 
 def make_number(mark: str, folder: Path) -> str:
-    """The number that a mark in a sentence asks for."""
+    """The number for a mark in a sentence."""
     kinds, parts = ("mean", "lowest", "highest"), mark.split(" | ")
     parts += ["mean"] if len(parts) == 3 else []
     if len(parts) != 4 or parts[3] not in kinds:
@@ -104,7 +104,7 @@ def make_number(mark: str, folder: Path) -> str:
 
 
 def rewrite(page: str, text: str, folder: Path) -> tuple[str, list[str]]:
-    """The text of a page with the numbers of the files in `folder`, and a line for each difference.
+    """The text of a page with the numbers from the files in `folder`; a line for each difference.
 
     Raises ValueError, which names page and line, for a mark that can't be read.
     """
@@ -127,17 +127,17 @@ def rewrite(page: str, text: str, folder: Path) -> tuple[str, list[str]]:
         lines = mark[part].splitlines(), new.splitlines()
         for number, (old, right) in enumerate(zip_longest(*lines, fillvalue=""), start=first):
             if old != right:
-                what = f"{old or 'nothing'}; its file says {right or 'nothing'}"
-                differences.append(f"{page}, line {number}: {what}")
+                message = f"{old or 'nothing'}; its file says {right or 'nothing'}"
+                differences.append(f"{page}, line {number}: {message}")
         return text[mark.start() : mark.start(part)] + new
 
     return MARK.sub(replace, text), differences
 
 
 def main() -> None:
-    about = "Rewrite what is marked in the READMEs from data/results/*.json."
+    about = "Rewrite the marked tables and numbers in the READMEs from data/results/*.json."
     parser = argparse.ArgumentParser(prog="python -m data.results", description=about)
-    text = "change nothing; list each place that is not what its file says, exit status 1"
+    text = "change nothing; list the lines that differ from their files, with exit status 1"
     parser.add_argument("--check", action="store_true", help=text)
     check = parser.parse_args().check
     texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

@@ -1,9 +1,9 @@
-"""What a stage of training leaves in its folder, and goes on from.
+"""The folder of a run: the files that a stage of training writes, and resumes from.
 
 settings.json            the settings, and fingerprints of the code, the data and the model
-log.jsonl                a hundred lines of loss, learning rate and pace
-state-*.safetensors      what is trained, and the optimiser's moments, by name, while it runs
-adapter_*, extra.*       what was trained so far, as other programs read it
+log.jsonl                a hundred lines of loss, learning rate and tokens per second
+state-*.safetensors      trained parameters and the optimiser's moments, by name, until the end
+adapter_*, extra.*       trained parameters, in files for other programs
 finished                 an empty file, once all steps are done
 """
 
@@ -33,9 +33,9 @@ from lora import save_adapter, trained
 def fingerprint(
     model, datasets: Sequence[Sequence], settings, code: Sequence[str | Path]
 ) -> dict[str, object]:
-    """What a run must have in common with one that it goes on from, or is taken for.
+    """The settings, code, data and model that must be the same when a run is resumed or reused.
 
-    Settings whose field says `same_result` are left out. code: the files that make the result.
+    Settings with `same_result` in their field are left out. code: the files that make the result.
     """
     decoder = model.decoder
     firsts = [p.detach().flatten()[:256].float().cpu() for p in model.parameters()]
@@ -52,7 +52,7 @@ def fingerprint(
 
 
 def digest(items: Iterable) -> str:
-    """A short fingerprint of texts, blocks of tokens, or anything that prints itself."""
+    """A short fingerprint of texts, blocks of tokens, or any values, by `str`."""
     sha = hashlib.sha256()
     for item in items:
         sha.update(item.numpy().tobytes() if isinstance(item, Tensor) else str(item).encode())
@@ -76,35 +76,35 @@ def code_of(file: str | Path) -> str:
 class RunFolder:
     """The folder of one run.
 
-    Raises ValueError if it holds something else, or a run of other settings, data or code that this
-    one would go on from, or be taken for.
+    Raises ValueError if it holds something else, or a run with other settings, data or code, which
+    can't be resumed or reused.
 
-    score: with settings.dev, the score of the model as it is, of which the best step is kept.
+    score: with settings.dev, gives the score of the model; the best step is kept.
     """
 
     def __init__(
-        self, folder: Path, settings, identity: dict[str, object], score: Callable[[], float]
+        self, folder: Path, settings, fingerprints: dict[str, object], score: Callable[[], float]
     ):
         self.folder, self.settings, self.scorer = folder, settings, score
         self.log_file, self.best_file = folder / "log.jsonl", folder / "best.safetensors"
-        on_main(lambda: self.open(identity))
+        on_main(lambda: self.open(fingerprints))
         self.finished = (folder / "finished").exists()
 
-    def open(self, identity: dict[str, object]) -> None:
+    def open(self, fingerprints: dict[str, object]) -> None:
         file = self.folder / "settings.json"
         if self.states() or (self.folder / "finished").exists():
             before = read_json(file)
-            for key, value in json.loads(json.dumps(identity)).items():
+            for key, value in json.loads(json.dumps(fingerprints)).items():
                 if before.get(key) != value:
                     change = f"{key} was {before.get(key)!r} and is {value!r}"
-                    what = f"a run with other settings, {change}; --overwrite trains it anew"
-                    raise ValueError(f"{self.folder}: {what}")
+                    message = f"a run with other settings, {change}; --overwrite trains it anew"
+                    raise ValueError(f"{self.folder}: {message}")
         elif not file.exists() and self.folder.exists() and any(self.folder.iterdir()):
-            what = "is not empty and not a run folder; choose another --output"
-            raise ValueError(f"{self.folder}: {what}")
+            message = "is not empty and not a run folder; choose another --output"
+            raise ValueError(f"{self.folder}: {message}")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, identity)
+            write_json(file, fingerprints)
 
     def states(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.safetensors"))
@@ -119,7 +119,7 @@ class RunFolder:
             for name, p in parameters.items():
                 p.data.copy_(tensors.pop(name))
                 moments = [(k, v) for k, v in tensors.items() if k.startswith(f"{name}:")]
-                # Copies: nobody can delete a file on Windows while a tensor is a view of it.
+                # Copies: on Windows, a file can't be deleted while a tensor is a view of it.
                 state = {k.rpartition(":")[2]: v.to(p.device, copy=True) for k, v in moments}
                 optimizer.state[p] = state
         text = self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
@@ -135,11 +135,11 @@ class RunFolder:
 
     @property
     def patient(self) -> bool:
-        """Whether fewer scores than --patience have come since the best one."""
+        """Whether there are fewer scores than --patience since the best one."""
         return self.settings.patience is None or self.worse < self.settings.patience
 
     def save(self, step: int, model, parameters: dict[str, nn.Parameter], optimizer) -> None:
-        """Write what is trained and its moments after `step` steps, in the place of older ones."""
+        """Write the trained parameters and moments after `step` steps; delete older states."""
         if RANK > 0:
             return
         tensors = {name: p.detach() for name, p in parameters.items()}
@@ -151,7 +151,7 @@ class RunFolder:
         save_adapter(model, self.folder)
 
     def score(self, step: int, parameters: dict[str, nn.Parameter]) -> float | None:
-        """At every save and at the end: the score, whose weights are kept if it is the best."""
+        """The score, at every save and at the end; the weights with the best one are saved."""
         steps, every = self.settings.steps, self.settings.save_every
         if self.settings.dev is None or step % every and step < steps:
             return None
@@ -164,7 +164,7 @@ class RunFolder:
         return score
 
     def log(self, step: int, loss: float, lr: float, tokens: int, dev: float | None = None) -> None:
-        """Loss (mean since the last line), learning rate, pace: a hundred lines, a fifth shown."""
+        """Log loss (mean since the last line), rate and pace: 100 lines, a fifth are printed."""
         self.losses.append(loss)
         self.tokens += tokens
         steps, seconds = self.settings.steps, time.monotonic() - self.start
@@ -183,9 +183,9 @@ class RunFolder:
             print(f"step {step:4d} of {steps}  loss {loss:.3f}  {pace}", flush=True)
 
     def finish(self, model, parameters: dict[str, nn.Parameter]) -> None:
-        """Go back to the best step, if steps were scored; write what was trained.
+        """Go back to the best step, if steps were scored; write the trained parameters.
 
-        Beside it goes the tokenizer, which sentence-transformers needs there.
+        The tokenizer is written, too: sentence-transformers needs it in this folder.
         """
         on_main(lambda: None)  # the others wait until the best step is written
         if self.best_file.exists():
