@@ -121,23 +121,18 @@ def test_a_saved_adapter_is_what_peft_read(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shards_hold_every_bit_once_in_the_models_type(dtype, tmp_path, monkeypatch):
+def test_a_checkpoint_in_shards_keeps_its_type_and_every_bit(dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(llm2vec_data.export, "SHARD", 20_000)
-    model, found, total = encoder("prepend", dtype=dtype), {}, 0
+    model, written = encoder("prepend", dtype=dtype), {}
     model.save(tmp_path)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     config = json.loads((tmp_path / "config.json").read_text())
     assert f"torch.{config['torch_dtype']}" == str(dtype)
-    for file in tmp_path.glob("*.safetensors"):
-        state = load_file(file)
-        sizes = [weight.nbytes for weight in state.values()]
-        assert sum(sizes) <= 20_000 or len(sizes) == 1, "a weight above the limit is alone"
-        assert all(index["weight_map"][name] == file.name for name in state)
-        assert not found.keys() & state.keys()
-        found, total = found | state, total + sum(sizes)
-    expected = {f"model.{name}": weight for name, weight in model.decoder.state_dict().items()}
-    assert found.keys() == expected.keys() == index["weight_map"].keys()
-    assert all(found[n].dtype == dtype and torch.equal(found[n], expected[n]) for n in found)
-    assert total == index["metadata"]["total_size"]
+    shards = [load_file(file) for file in tmp_path.glob("*.safetensors")]
+    for shard in shards:
+        assert not written.keys() & shard.keys(), "a weight is there once"
+        written |= shard
+    state = {f"model.{name}": weight for name, weight in model.decoder.state_dict().items()}
+    assert len(shards) > 1 and written.keys() == state.keys()
+    assert all(w.dtype == dtype and torch.equal(w, state[name]) for name, w in written.items())
     again = LLM2Vec.from_pretrained(tmp_path, dtype=dtype)
     assert np.array_equal(model.encode(CASES["texts"]), again.encode(CASES["texts"]))
