@@ -69,12 +69,12 @@ def write_json(file: Path, content: object) -> None:
 
 # --- sentence-transformers -----------------------------------------------------------------------
 
-KINDS = {
-    "prepend": "sentencepiece with byte fallback, as Llama 2 and Mistral 7B were first converted",
-    "metaspace": "the same, as later conversions write it",
-    "bytes": "over bytes, without BOS",
-    "bytes-bos": "over bytes, with BOS, as Llama 3's",
-}
+KINDS = (
+    "prepend",  # sentencepiece with byte fallback, as Llama 2 and Mistral 7B were first converted
+    "metaspace",  # the same, as later conversions write it
+    "bytes",  # over bytes, without BOS
+    "bytes-bos",  # over bytes, with BOS, as Llama 3's
+)
 
 
 def encoder(kind: str, template: tuple[str, str] | None = None, **how) -> LLM2Vec:
@@ -154,7 +154,11 @@ def made_elsewhere(kind: str, scratch: Path) -> None:
         theirs.save(str(folder))
         ours, expected = LLM2Vec.from_pretrained(folder), theirs.encode(TEXTS[:6])
         check(f"made elsewhere, {kind}, {pooling}", ours.encode(TEXTS[:6]), expected)
-        check("    and saved again here", exported(ours, scratch).encode(TEXTS[:6]), expected)
+        again = exported(ours, scratch)
+        check("    and saved again here", again.encode(TEXTS[:6]), expected)
+        again.save(str(folder))  # as after training it there
+        ours = LLM2Vec.from_pretrained(folder)
+        check("    and there, and read here", ours.encode(TEXTS[:6]), expected)
 
 
 # --- transformers --------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ names the file: nothing else is raised, nothing hangs, and memory does not follo
 file claims.
 """
 
-import ast
 import json
 import random
+import re
 import resource
 import shutil
 import struct
@@ -32,14 +32,12 @@ JUNK += [{"rope_type": "linear", "factor": float("inf")}, {"type": "linear", "fa
 BOMBS = ["", "[]", "null", "7", "\ufeff{}", "[" * 100_000, '{"a":' * 50_000]
 
 
-def spoil_json(file: Path, rng: random.Random) -> None:
+def spoil_json(text: str, rng: random.Random) -> str:
     """Break the text; or change a value, drop a key, add one."""
-    text = file.read_text()
     place = rng.randrange(len(text))
     if rng.random() < 0.3:
         typo = text[:place] + rng.choice('{}[]",:0x\x00é') + text[place + 1 :]
-        file.write_text(rng.choice([text[:place], typo, rng.choice(BOMBS)]))
-        return
+        return rng.choice([text[:place], typo, rng.choice(BOMBS)])
     inner = value = json.loads(text)
     while rng.random() < 0.3:  # go into an object, if there is one
         values = [x for v in inner.values() for x in (v if isinstance(v, list) else [v])]
@@ -50,31 +48,20 @@ def spoil_json(file: Path, rng: random.Random) -> None:
         del inner[key]
     if inner.get("num_hidden_layers") == HUGE:  # which nobody has the time to build
         inner["num_hidden_layers"] = 50
-    file.write_text(json.dumps(value))
+    return json.dumps(value)
 
 
-def spoil_safetensors(file: Path, rng: random.Random) -> None:
-    """Cut the file, lie about the header's length, spoil the header, or change a tensor's entry."""
-    data = bytearray(file.read_bytes())
+def spoil(file: Path, rng: random.Random) -> None:
+    """Spoil JSON; of safetensors the header, which is JSON, its length, or the end of the file."""
+    if file.suffix == ".json":
+        file.write_text(spoil_json(file.read_text(), rng))
+        return
+    data = file.read_bytes()
     (n,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + n])
-    name = rng.choice([key for key in header if key != "__metadata__"])
-    kind = rng.choice(["cut", "length", "bytes", "field", "name"])
-    if kind == "cut":
-        data = data[: rng.randrange(len(data))]
-    elif kind == "length":
-        data[:8] = struct.pack("<Q", rng.choice([0, 1, n - 1, n + 8, 2**40, 2**64 - 1]))
-    elif kind == "bytes":
-        data[8 + rng.randrange(n)] = rng.randrange(256)
-    elif kind == "field":
-        junk = [*JUNK, "F64", "I8", [HUGE, HUGE], [0, 2**63]]
-        header[name][rng.choice(["dtype", "shape", "data_offsets"])] = rng.choice(junk)
-    else:
-        header[rng.choice([name + "x", name[1:], "lm_head.weight"])] = header.pop(name)
-    if kind in ("field", "name"):
-        text = json.dumps(header).encode()
-        data[: 8 + n] = struct.pack("<Q", len(text)) + text
-    file.write_bytes(data)
+    header = spoil_json(data[8 : 8 + n].decode(), rng).encode()
+    length = rng.choice([len(header)] * 9 + [0, n + 8, 2**40, 2**64 - 1])
+    end = rng.choice([len(data)] * 9 + [rng.randrange(8 + n, len(data))])
+    file.write_bytes(struct.pack("<Q", length) + header + data[8 + n : end])
 
 
 def load_model(folder: Path) -> None:
@@ -107,7 +94,6 @@ CASES = [  # what to load, the folder that it starts from, the file that is spoi
 @pytest.mark.parametrize("share", [0.05, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("load, source, name, count", CASES)
 def test_any_file_loads_or_is_refused_by_name(load, source, name, count, share, tmp_path):
-    spoil = spoil_json if name.endswith(".json") else spoil_safetensors
     cases, refused = int(count * share), 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(cases):
@@ -127,13 +113,9 @@ def test_any_file_loads_or_is_refused_by_name(load, source, name, count, share, 
 
 def test_nothing_here_can_execute_what_it_reads():
     """No call of eval or exec, and nothing unpickled."""
+    runs = re.compile(r"(?<![\w.])(eval|exec)\(|torch\.load\(|^\s*(import|from) .*pickle", re.M)
     for file in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tests/**/*.py")]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            assert name not in ("eval", "exec", "torch.load"), f"{file}, line {node.lineno}"
-            names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
-            names.append(getattr(node, "module", None))
-            assert "pickle" not in names, f"{file}, line {node.lineno}"
+        assert not runs.search(file.read_text(encoding="utf-8")), file
 
 
 # --- Dirty text --------------------------------------------------------------------------------
