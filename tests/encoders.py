@@ -51,7 +51,7 @@ class Encoder:
         self.tokenizer.no_truncation()
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Score encoders that are not decoders.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folders, or names on the hub")
     models = {Path(name).name: name for name in parser.parse_args().models}
@@ -60,7 +60,3 @@ def main() -> None:
         scores = benchmarks.evaluate(Encoder(str(model)), (), which, benchmarks.STS_FILES)
         rows[name] = {key: score for key, score in scores.items() if not key.endswith("i-1")}
     print(table(rows))
-
-
-if __name__ == "__main__":
-    main()

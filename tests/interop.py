@@ -12,16 +12,9 @@
 One line a check, with the largest difference; exit status 1 if any is above 1e-5. Hidden states may
 differ by twice what the library's own are away from float64, which has to be below 2e-5. `--write`
 keeps what the libraries wrote and computed in golden/interop, if all agreed; test_interop.py holds
-the project to it where they are not installed.
-
-What goes in lies there, too: texts, a published adapter's config, `base`, a small Mistral that
-transformers wrote, whose window is shorter than the texts, and a small BPE tokenizer of each of the
-four kinds that Llama and Mistral checkpoints have:
-
-    prepend      sentencepiece with byte fallback, as Llama 2 and Mistral 7B were first converted
-    metaspace    the same, as later conversions write it
-    bytes        over bytes, without BOS
-    bytes-bos    over bytes, with BOS, as Llama 3's
+the project to it where they are not installed. What goes in lies there, too: texts, an adapter with
+the config that PEFT wrote when the authors' were made, `base`, a small Mistral that transformers
+wrote, whose window is shorter than the texts, and a small BPE tokenizer of each of the four KINDS.
 """
 
 import argparse
@@ -44,11 +37,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
 import llm2vec_data.export
@@ -80,21 +69,37 @@ def write_json(file: Path, content: object) -> None:
 
 # --- sentence-transformers -----------------------------------------------------------------------
 
+KINDS = (
+    "prepend",  # sentencepiece with byte fallback, as Llama 2 and Mistral 7B were first converted
+    "metaspace",  # the same, as later conversions write it
+    "bytes",  # over bytes, without BOS
+    "bytes-bos",  # over bytes, with BOS, as Llama 3's
+)
 
-def sentence_transformers(kind: str, scratch: Path, out: Path) -> dict[str, Tensor]:
+
+def encoder(kind: str, template: tuple[str, str] | None = None, **how) -> LLM2Vec:
+    how = {"max_length": MAX_LENGTH} | how
+    return LLM2Vec(our_decoder(), load_tokenizer(INTEROP / kind, template), **how)
+
+
+def exported(model: LLM2Vec, scratch: Path) -> SentenceTransformer:
+    model.save(scratch / "exported")
+    return SentenceTransformer(str(scratch / "exported"), device="cpu")
+
+
+def vectors_of(kind: str, scratch: Path, out: Path) -> dict[str, Tensor]:
     """Vectors of exported folders: each pooling, with and without a prompt.
 
     `out` keeps the JSON that went out: all but the vocabulary, and for one pooling after another
     what differs.
     """
-    vectors, exported, folder = {}, {}, scratch / "exported"
+    vectors, written, folder = {}, {}, scratch / "exported"
     for pooling in POOLING_MODES:
-        model = LLM2Vec(our_decoder(), load_tokenizer(INTEROP / kind), pooling, MAX_LENGTH)
-        model.save(folder)
-        theirs = SentenceTransformer(str(folder), device="cpu")
+        model = encoder(kind, pooling=pooling)
+        theirs = exported(model, scratch)
         assert theirs.max_seq_length == MAX_LENGTH
         files = sorted(folder.rglob("*.json") if pooling == "mean" else folder.glob("*/*.json"))
-        exported[pooling] = {
+        written[pooling] = {
             file.relative_to(folder).as_posix(): json.loads(file.read_text()) for file in files
         }
         for prompt, name in ((None, "plain"), (CASES["instruction"], "instructed")):
@@ -102,18 +107,10 @@ def sentence_transformers(kind: str, scratch: Path, out: Path) -> dict[str, Tens
             # With BOS and a prompt, their mean is too short, and points the same way.
             unit = pooling == "mean" and kind != "bytes" and prompt is not None
             found = theirs.encode(TEXTS, prompt=prompt, normalize_embeddings=unit)
+            check(f"vectors, {key}", model.encode(TEXTS, prompt, normalize=unit), found)
             vectors[key] = torch.from_numpy(found)
-            ours = model.encode(TEXTS, prompt, normalize=unit)
-            check(f"sentence-transformers, {key}", ours, vectors[key])
         for encode in (theirs.encode_query, theirs.encode_document):
             check(f"    {encode.__name__}", model.encode(TEXTS), encode(TEXTS))
-        if pooling == "last":  # with several tokens after every text, some of them words
-            for template in (("Q: ", " A:"), ('This "', '" is:')):
-                around = load_tokenizer(INTEROP / kind, template)
-                asked = LLM2Vec(our_decoder(), around, pooling, 2 * MAX_LENGTH)
-                asked.save(folder)
-                theirs_too = SentenceTransformer(str(folder), device="cpu")
-                check(f"    within {template}", asked.encode(TEXTS), theirs_too.encode(TEXTS))
         if pooling in ("mean", "last"):
             with torch.no_grad():  # as their trainer does
                 forward = theirs(theirs.preprocess(TEXTS))["sentence_embedding"]
@@ -122,19 +119,22 @@ def sentence_transformers(kind: str, scratch: Path, out: Path) -> dict[str, Tens
         if pooling == "first" and kind != "bytes":
             vectors[f"{kind}.empty"] = torch.from_numpy(theirs.encode([""]))
             check("    of the empty text", model.encode([""]), vectors[f"{kind}.empty"])
-    del exported["mean"]["tokenizer.json"]["model"]
+    del written["mean"]["tokenizer.json"]["model"]
     out.mkdir(parents=True)
-    write_json(out / "exported.json", exported)
+    write_json(out / "exported.json", written)
     return vectors
 
 
 def prompts(kind: str, scratch: Path) -> None:
-    """The instruction that a folder was trained with is its prompt for queries."""
+    """Text around every text; and the instruction that a folder was trained with, for queries."""
+    for template in (("Q: ", " A:"), ('This "', '" is:')):  # several tokens, some of them words
+        model = encoder(kind, template, pooling="last", max_length=2 * MAX_LENGTH)
+        theirs = exported(model, scratch)
+        check(f"{kind}, within {template}", model.encode(TEXTS), theirs.encode(TEXTS))
     for separator in ("\n", " "):
-        model = LLM2Vec(our_decoder(), load_tokenizer(INTEROP / kind), separator=separator)
+        model = encoder(kind, separator=separator, max_length=512)
         model.prompts["query"] = prompt_prefix("find the query:", separator)
-        model.save(scratch / "exported")
-        theirs = SentenceTransformer(str(scratch / "exported"), device="cpu")
+        theirs = exported(model, scratch)
         found = theirs.encode_query(TEXTS[:3], normalize_embeddings=True)
         again = LLM2Vec.from_pretrained(scratch / "exported")
         ours = again.encode(TEXTS[:3], "find the query:", normalize=True)
@@ -148,17 +148,17 @@ def made_elsewhere(kind: str, scratch: Path) -> None:
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<unk>"}
     write_json(base / "tokenizer_config.json", tokens)
     for pooling in ("lasttoken", "mean", "weightedmean", "cls"):
-        transformer = Transformer(str(base), max_seq_length=8)
+        transformer, folder = Transformer(str(base), max_seq_length=8), scratch / kind / pooling
         modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
         theirs = SentenceTransformer(modules=modules, device="cpu").float()
-        theirs.save(str(scratch / "elsewhere"))
-        ours = LLM2Vec.from_pretrained(scratch / "elsewhere")
-        name = f"made by sentence-transformers, {kind}, {pooling}"
-        check(name, ours.encode(TEXTS[:6]), theirs.encode(TEXTS[:6]))
-        ours.save(scratch / "elsewhere")
-        again = SentenceTransformer(str(scratch / "elsewhere"), device="cpu")
-        check("    and saved again here", again.encode(TEXTS[:6]), theirs.encode(TEXTS[:6]))
-        shutil.rmtree(scratch / "elsewhere")
+        theirs.save(str(folder))
+        ours, expected = LLM2Vec.from_pretrained(folder), theirs.encode(TEXTS[:6])
+        check(f"made elsewhere, {kind}, {pooling}", ours.encode(TEXTS[:6]), expected)
+        again = exported(ours, scratch)
+        check("    and saved again here", again.encode(TEXTS[:6]), expected)
+        again.save(str(folder))  # as after training it there
+        ours = LLM2Vec.from_pretrained(folder)
+        check("    and there, and read here", ours.encode(TEXTS[:6]), expected)
 
 
 # --- transformers --------------------------------------------------------------------------------
@@ -187,15 +187,14 @@ def compare(name: str, decoder: Decoder, model: nn.Module) -> Tensor:
 
 def transformers(scratch: Path) -> None:
     """Every golden model, exported and read by AutoModel, faces the way that it was saved."""
-    folder = scratch / "exported"
+    folder, llm2vec_data.export.SHARD = scratch / "plain", 20_000  # some in several files
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     for config in sorted(GOLDEN.glob("*/config.json")):
         for is_causal in (False, True):
             decoder = our_decoder(config.parent, is_causal)
             LLM2Vec(decoder, words).save(folder)
             model = AutoModel.from_pretrained(folder).eval()
-            side = "causal" if is_causal else "bidirectional"
-            compare(f"AutoModel, {config.parent.name}, {side}", decoder, model)
+            compare(f"AutoModel, {config.parent.name}, {is_causal=}", decoder, model)
             assert model.config.is_causal is is_causal, "config.is_causal is what was saved"
             assert "auto_map" not in model.config.to_dict(), "no remote code"
         if decoder.can_predict:
@@ -203,20 +202,6 @@ def transformers(scratch: Path) -> None:
             with torch.no_grad():
                 logits = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
                 check("    with its output head", decoder.logits(decoder(ids)), logits)
-
-
-def shards(scratch: Path) -> None:
-    """A checkpoint in shards keeps its type, and every bit."""
-    whole, llm2vec_data.export.SHARD = llm2vec_data.export.SHARD, 20_000
-    for dtype in (torch.float32, torch.bfloat16):
-        model, folder = LLM2Vec.from_pretrained(BASE, dtype=dtype), scratch / str(dtype)
-        model.save(folder)
-        theirs, weights = AutoModel.from_pretrained(folder), model.decoder.state_dict()
-        assert theirs.dtype == dtype and set(theirs.state_dict()) == set(weights)
-        assert len(list(folder.glob("model-*.safetensors"))) > 1
-        errors = [(weights[n] - w).abs().max() for n, w in theirs.state_dict().items()]
-        check(f"AutoModel, bits of the weights in shards, {dtype}", max(errors), 0, atol=0)
-    llm2vec_data.export.SHARD = whole
 
 
 # --- PEFT ----------------------------------------------------------------------------------------
@@ -252,71 +237,51 @@ WRITTEN = {
 }
 
 
-def transformers_model(auto=AutoModel) -> nn.Module:
-    return read_checkpoint(BASE, False, auto)
+def peft_model(folder: Path, auto=AutoModel) -> PeftModel:
+    return PeftModel.from_pretrained(read_checkpoint(BASE, False, auto), folder).eval()
+
+
+def adapted(folder: Path) -> Decoder:
+    decoder = our_decoder()
+    lora.load_adapter(decoder, folder)
+    return decoder
 
 
 def adapters_in(out: Path, states: dict[str, Tensor]) -> None:
-    """What PEFT wrote, read here; then two adapters, each merged before the next."""
-    plain = compare("no adapter", our_decoder(), transformers_model())
+    """What PEFT wrote, read here; one as published; two adapters, each merged before the next."""
+    plain = compare("no adapter", our_decoder(), read_checkpoint(BASE, False))
     for seed, (name, options) in enumerate(WRITTEN.items(), start=50):
         auto, folder = MODELS[name.partition("-")[0]], out / name
         config = LoraConfig(r=2, lora_alpha=8, lora_dropout=0.05, **options)
-        model = get_peft_model(transformers_model(auto), config)
+        model = get_peft_model(read_checkpoint(BASE, False, auto), config)
         fill(sorted(model.named_parameters()), seed)
         model.save_pretrained(folder)
         settle(folder, BASE.name, indent=1)
-        decoder = our_decoder()
-        lora.load_adapter(decoder, folder)
-        model = PeftModel.from_pretrained(transformers_model(auto), folder).eval()
-        inner = model.base_model.model  # a causal LM and a classifier have one more in them
-        inner = getattr(inner, "model", inner)
-        states[name] = compare(f"PEFT's adapter, {name}", decoder, inner)
+        inner = peft_model(folder, auto).base_model.model
+        inner = getattr(inner, "model", inner)  # a causal LM and a classifier have one in them
+        states[name] = compare(f"PEFT's adapter, {name}", adapted(folder), inner)
         assert (states[name] - plain).abs().max() > 0.1, "the adapter makes a difference"
-    both, model = [out / "inner-list", out / "inner-pattern"], transformers_model()
+    both, model = [out / "inner-list", out / "inner-pattern"], read_checkpoint(BASE, False)
     for folder in both:
         model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    folder = INTEROP / "published"  # laid out as those of LLM2Vec on Mistral 7B
+    states[folder.name] = compare("as the published ones", adapted(folder), peft_model(folder))
     states["two"] = compare("two adapters", LLM2Vec.from_pretrained(BASE, both).decoder, model)
-
-
-def published(folder: Path, states: dict[str, Tensor]) -> None:
-    """An adapter laid out as those of LLM2Vec on Mistral 7B, whose base model is not on disk.
-
-    Its config, which is kept as it was, has the keys that PEFT wrote when those were made.
-    """
-    folder.mkdir()
-    shutil.copy(INTEROP / "published" / "adapter_config.json", folder)
-    state = {}
-    for name, module in our_decoder().named_modules():
-        if isinstance(module, nn.Linear):
-            shapes = {"lora_A": (16, module.in_features), "lora_B": (module.out_features, 16)}
-            for part, shape in shapes.items():
-                state[f"base_model.model.{name}.{part}.weight"] = torch.empty(shape)
-    fill(sorted(state.items()), 60)
-    state = {name: weight.bfloat16() for name, weight in state.items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    decoder = our_decoder()
-    lora.load_adapter(decoder, folder)
-    model = PeftModel.from_pretrained(transformers_model(), folder).eval()
-    states["published"] = compare("an adapter laid out as the published ones", decoder, model)
 
 
 def adapters_out(out: Path, states: dict[str, Tensor]) -> None:
     """What this project writes, read by PEFT: one rank for all; or ranks and scales that differ."""
     uniform, mixed = our_decoder(), our_decoder()
     lora.add_lora(uniform, rank=3, alpha=12, dropout=0.05)
-    sizes = {"q_proj": (2, 8), "up_proj": (3, 6), "down_proj": (1, 4)}
     for i, layer in enumerate(mixed.layers):
-        for part, (rank, alpha) in sizes.items():
-            module = getattr(layer.self_attn if part == "q_proj" else layer.mlp, part)
-            lora.adapt(module, rank + i, (alpha + i) / (rank + i), 0.05)
+        lora.adapt(layer.self_attn.q_proj, 2 + i, (8 + i) / (2 + i), 0.05)
+        lora.adapt(layer.mlp.up_proj, 3 + i, (6 + i) / (3 + i), 0.05)
+        lora.adapt(layer.mlp.down_proj, 1 + i, (4 + i) / (1 + i), 0.05)
     for seed, (name, decoder) in enumerate({"uniform": uniform, "mixed": mixed}.items(), start=70):
         folder = out / f"ours-{name}"
         fill(sorted(decoder.named_parameters()), seed)
-        lora.save_adapter(decoder, folder)
-        model = PeftModel.from_pretrained(transformers_model(), folder).eval()
-        decoder.eval()
-        states[folder.name] = compare(f"our adapter in PEFT, {name}", decoder, model)
+        lora.save_adapter(decoder.eval(), folder)
+        states[folder.name] = compare(f"our adapter in PEFT, {name}", decoder, peft_model(folder))
         alone = AutoPeftModelForFeatureExtraction.from_pretrained(folder, dtype=torch.float32)
         alone.base_model.model.config.is_causal = False
         compare("    opened alone, by the base that it names", decoder, alone.eval())
@@ -334,17 +299,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        scratch, out = Path(scratch), Path(scratch) / "interop"
-        vectors, states = {}, {}
-        for kind in ("prepend", "metaspace", "bytes", "bytes-bos"):
-            vectors |= sentence_transformers(kind, scratch, out / kind)
-        for kind in ("prepend", "bytes", "bytes-bos"):
+        scratch, out, vectors, states = Path(scratch), Path(scratch) / "interop", {}, {}
+        for kind in KINDS:
+            vectors |= vectors_of(kind, scratch, out / kind)
             prompts(kind, scratch)
             made_elsewhere(kind, scratch)
         transformers(scratch)
-        shards(scratch)
         adapters_in(out, states)
-        published(out / "published", states)
         adapters_out(out, states)
         if args.write and not failed:
             ids, segments = batch(384)

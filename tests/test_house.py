@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,45 +50,28 @@ print(llm2vec.__file__)
 """
 
 
-KINDS = ("a folder", "a package", "a module")
-
-
-def use(python: Path | str, folder: Path, kinds: Sequence[str] = KINDS) -> Path:
-    """Run EVERYTHING in folders that have a `data` of their own; where llm2vec.py was found."""
-    for kind in kinds:
-        (folder / kind / "data").mkdir(parents=True)
-        if kind == "a package":
-            (folder / kind / "data" / "__init__.py").touch()
-        if kind == "a module":
-            (folder / kind / "data").rmdir()
-            (folder / kind / "data.py").touch()
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        how = {"cwd": folder / kind, "env": env, "capture_output": True, "text": True}
-        done = subprocess.run([python, "-c", EVERYTHING], **how)
-        assert done.returncode == 0, done.stderr
-    scores = subprocess.run([python, "-m", "llm2vec_data.benchmarks", "--help"], **how)
-    assert scores.returncode == 0, scores.stderr
-    return Path(done.stdout.strip())
-
-
 @pytest.mark.slow
-def test_an_installed_checkout_works_where_other_data_lie(tmp_path):
-    assert use(sys.executable, tmp_path, ["a package"]) == ROOT / "llm2vec.py"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("editable", [False, True])
-def test_a_fresh_install_works_where_other_data_lie(editable, tmp_path):
-    """A new environment that borrows the packages of this one."""
-    copy = tmp_path / "checkout"
+@pytest.mark.parametrize("how", [[], ["-e"]])
+def test_a_fresh_install_works_where_other_data_lie(how, tmp_path):
+    """A new environment that borrows the packages of this one; `data` is a package or a module."""
+    copy, venv = tmp_path / "checkout", str(tmp_path / "venv")
     unwanted = shutil.ignore_patterns(".*", "runs", "models", "build", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=unwanted)
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    paths = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    paths = {"base": venv, "platbase": venv}
     scripts, site = (Path(sysconfig.get_path(n, vars=paths)) for n in ("scripts", "purelib"))
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    how = ["-e"] if editable else []
-    command = [scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", *how, copy]
-    subprocess.run(command, check=True)
-    found = use(scripts / "python", tmp_path / "elsewhere")
-    assert found.parent == (copy if editable else site)
+    pip = [scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", *how, copy]
+    subprocess.run(pip, check=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for other in ("data/__init__.py", "data.py"):
+        file = tmp_path / f"beside {Path(other).name}" / other
+        file.parent.mkdir(parents=True)
+        file.touch()
+        folder = tmp_path / f"beside {file.name}"
+        for command in (["-m", "llm2vec_data.benchmarks", "--help"], ["-c", EVERYTHING]):
+            done = subprocess.run(
+                [scripts / "python", *command], cwd=folder, env=env, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+        assert Path(done.stdout.strip()).parent == (copy if how else site)

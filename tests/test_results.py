@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DOCUMENTS, ROOT, TINY, spoil
+from helpers import DOCUMENTS, ROOT, TINY, refused, spoil
 
 from llm2vec_data import benchmarks, compare, results
 
+UNTRAINED = "both ways, untrained"
 SEEDS = [{"seed": 0, "stsb-test": 0.714, "seconds": 60.4}, {"seed": 1, "stsb-test": 0.7086}]
 ROWS = {"causal, mean": [{"stsb-test": -0.25, "POS": 0.9}], "+ simcse": SEEDS}
 PAGE = """Before.
@@ -38,22 +39,19 @@ def test_the_readmes_are_what_the_files_say():
         assert results.rewrite(page, text, ROOT / "data" / "results") == (text, [])
 
 
-def test_a_changed_digit_is_found_and_mended(measured):
+@pytest.mark.parametrize(
+    "right, wrong, line, differs",
+    [
+        (".709 to", ".708 to", 6, "| + simcse | .711 (.708 to .714) |  |; its file says"),
+        (".711,", ".710,", 9, ".710; its file says .711"),
+        ("t -->.711", "t -->", 9, "nothing; its file says .711"),
+        ("| causal, mean | -.250 | .900 |\n", "", 7, "nothing; its file says | causal, mean |"),
+    ],
+)
+def test_a_changed_digit_is_found_and_mended(measured, right, wrong, line, differs):
     assert results.rewrite("page", PAGE, measured) == (PAGE, [])
-    for line, old, wrong in (
-        (6, ".709 to", ".708 to"),
-        (9, ".711,", ".710,"),
-        (9, "t -->.711", "t -->"),
-    ):
-        text, differences = results.rewrite("page", PAGE.replace(old, wrong), measured)
-        assert text == PAGE and len(differences) == 1
-        assert differences[0].startswith(f"page, line {line}: ")
-    text, differences = results.rewrite(
-        "page", PAGE.replace("| causal, mean | -.250 | .900 |\n", ""), measured
-    )
-    assert text == PAGE and differences == [
-        "page, line 7: nothing; its file says | causal, mean | -.250 | .900 |"
-    ]
+    text, [found] = results.rewrite("page", PAGE.replace(right, wrong), measured)
+    assert text == PAGE and found.startswith(f"page, line {line}: {differs}")
 
 
 def test_the_table_as_it_is_printed_and_rows_of_one_file(measured):
@@ -67,43 +65,34 @@ def test_the_table_as_it_is_printed_and_rows_of_one_file(measured):
 
 
 @pytest.mark.parametrize(
-    "old, new, message",
+    "old, new, said",
     [
-        ('"tiny"', '"none"', "page, line 4: .*none.json: no such file"),
-        (
-            '["+ simcse",',
-            '["+ mntp",',
-            r"line 4: tiny: no row '\+ mntp'; there are 'causal, mean', ",
-        ),
-        ('"POS":', '"NER":', "line 4: tiny: no row of this table has the score 'NER'"),
+        ('"tiny"', '"none"', "line 4: .*none.json"),
+        ('["+ simcse",', '["+ mntp",', r"line 4: tiny: no row '\+ mntp'"),
+        ('"POS":', '"NER":', "line 4: tiny: .*'NER'"),
         ('"columns"', '"column"', "line 4: expected files, columns or printed"),
-        ('"Tiny",', '"Tiny"', "line 4: Expecting ',' delimiter"),
-        ("<!-- end -->", "", "line 2: a mark without its end"),
+        ('"Tiny",', '"Tiny"', "line 4: "),
+        ("<!-- end -->", "", "line 2: "),
         ("tiny | + simcse | stsb-test -->", "tiny | + simcse -->", "line 9: .*expected FILE"),
-        ("| highest", "| most", "line 9: .*perhaps | lowest or | highest"),
-        ("| stsb-test -->", "| POS -->", r"line 9: tiny: row '\+ simcse' has no score 'POS'"),
+        ("| highest", "| most", "line 9: .*highest"),
+        ("| stsb-test -->", "| POS -->", "line 9: .*'POS'"),
     ],
 )
-def test_a_mark_that_names_nothing_is_told_with_its_line(measured, old, new, message):
-    with pytest.raises(ValueError, match=message):
-        results.rewrite("page", PAGE.replace(old, new, 1), measured)
+def test_a_mark_that_names_nothing_is_told_with_its_line(measured, old, new, said):
+    refused(f"page, {said}", results.rewrite, "page", PAGE.replace(old, new, 1), measured)
 
 
 def test_check_lists_and_changes_nothing(measured, monkeypatch, command):
     monkeypatch.setattr(results, "ROOT", measured)
-    folder = measured / "data" / "results"
-    folder.mkdir(parents=True)
-    (measured / "tests").mkdir()
-    (measured / "tiny.json").rename(folder / "tiny.json")
-    for page in results.PAGES:
-        (measured / page).write_text(PAGE)
-    wrong = PAGE.replace(".711,", ".811,")
-    (measured / "data/README.md").write_text(wrong)
+    (measured / "data" / "results").mkdir(parents=True)
+    (measured / "tiny.json").rename(measured / "data" / "results" / "tiny.json")
+    page, wrong = measured / "README.md", PAGE.replace(".711,", ".811,")
+    monkeypatch.setattr(results, "PAGES", [page.name])
+    page.write_text(wrong)
     status, out, _ = command("--check", main=results.main)
-    assert (status, out) == (1, "data/README.md, line 9: .811; its file says .711\n")
-    assert (measured / "data/README.md").read_text() == wrong
-    assert command(main=results.main)[0] == 0
-    assert (measured / "data/README.md").read_text() == PAGE
+    assert (status, out) == (1, "README.md, line 9: .811; its file says .711\n")
+    assert page.read_text() == wrong
+    assert command(main=results.main)[0] == 0 and page.read_text() == PAGE
     assert command("--check", main=results.main)[:2] == (0, "")
 
 
@@ -116,30 +105,30 @@ def test_what_a_command_measured_is_read_back_and_added_to(monkeypatch, command,
     small = ["--model", TINY, "--dtype", "float32", "--corpus", "corpus.txt"]
     status, _, errors = command(*small, "--steps", 1, "--stages", "mntp", "--seeds", 3, 4)
     assert status == 0, errors
-    file = "runs/tiny/results.json"
+    file, whole = "runs/tiny/results.json", (TINY / "model.safetensors").read_bytes()
     [run] = compare.read_runs(file)
-    whole = (TINY / "model.safetensors").read_bytes()
     assert run["weights"] == {"model.safetensors": hashlib.sha256(whole).hexdigest()}
     assert run["command"].startswith("python train.py --model ") and run["dtype"] == "float32"
     assert run["torch"] == torch.__version__ and run["threads"] == torch.get_num_threads()
     settings = compare.settings_in("runs/tiny/mntp")
     assert run["settings"] == {"mntp": settings} and settings["code"] == run["code"]
-    rows = compare.read_results(file)
-    assert list(rows) == ["causal, mean", "both ways, untrained", "+ mntp"]
-    assert [(one["seed"], one["STS"]) for one in rows["+ mntp"]] == [(3, 0.02), (4, 0.03)]
 
-    adapter = ["--adapters", "runs/tiny/seed-4/mntp"]
-    for flags in (adapter, ["--name", "both ways, untrained"], ["--name", "another"]):
-        assert command(*small, *flags, "--output", file, main=benchmarks.main)[0] == 0
-    rows = compare.read_results(file)
-    assert list(rows) == ["causal, mean", "+ mntp", "both ways, untrained", "another"]
-    assert [(one["seed"], one["STS"]) for one in rows["+ mntp"]] == [(3, 0.02), (4, 0.04)]
-    assert [one["STS"] for one in rows["both ways, untrained"]] == [0.05]
-    commands = [run["command"].partition(" --")[0] for run in compare.read_runs(file)]
-    assert commands == ["python train.py", *3 * ["python -m data.benchmarks"]]
+    def score(*flags: str, model: Path = TINY) -> tuple[int, str]:
+        args = ("--model", model, *flags, "--output", file)
+        return command(*args, main=benchmarks.main)[::2]
 
+    def found() -> dict[str, list]:
+        rows = compare.read_results(file)
+        return {name: [(s.get("seed"), s["STS"]) for s in seeds] for name, seeds in rows.items()}
+
+    plain = {"causal, mean": [(None, 0)], UNTRAINED: [(None, 0.01)]}
+    assert found() == plain | {"+ mntp": [(3, 0.02), (4, 0.03)]}
+    for flags in (["--adapters", "runs/tiny/seed-4/mntp"], ["--name", UNTRAINED], ["--name", "x"]):
+        assert score(*flags)[0] == 0
+    added = {"+ mntp": [(3, 0.02), (4, 0.04)], UNTRAINED: [(None, 0.05)], "x": [(None, 0.06)]}
+    assert found() == plain | added
     before = Path(file).read_text()
-    status, _, errors = command("--model", folder, "--output", file, main=benchmarks.main)
+    status, errors = score(model=folder)
     assert status == 2 and f"{file}: has the scores of other weights" in errors
     assert Path(file).read_text() == before
 
@@ -149,5 +138,4 @@ def test_what_a_command_measured_is_read_back_and_added_to(monkeypatch, command,
 )
 def test_another_file_is_refused(measured, content):
     spoil(measured / "tiny.json", lambda old: old.clear(), **content)
-    with pytest.raises(ValueError, match="tiny.json: .*no results file"):
-        compare.read_results(measured / "tiny.json")
+    refused("tiny.json: .*no results file", compare.read_results, measured / "tiny.json")

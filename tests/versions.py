@@ -15,13 +15,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub")
 
 
 def oldest() -> list[str]:
     """The lower bounds of the dependencies, each with its own patch releases."""
     bounds = re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
-    wanted = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "pytest"}
-    return [f"{name}=={bound}.*" for name, bound in bounds if name in wanted]
+    return [f"{name}=={bound}.*" for name, bound in bounds if name in (*PACKAGES, "pytest")]
 
 
 def run(name: str, python: str, packages: list[str], folder: Path) -> bool:
@@ -32,28 +32,23 @@ def run(name: str, python: str, packages: list[str], folder: Path) -> bool:
         pip = [bin, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *packages], check=True)
         subprocess.run([*pip, "-e", f"{ROOT}[test]"], check=True)
-    show = "import sys, torch, numpy, tokenizers, safetensors, huggingface_hub as hub;"
-    show += "print(sys.version.split()[0], *(f'{m.__name__} {m.__version__}' for m in "
-    show += "(torch, numpy, tokenizers, safetensors, hub)))"
-    found = subprocess.run([bin, "-c", show], capture_output=True, text=True, check=True).stdout
-    done = subprocess.run([bin, "-m", "pytest", "-q"], cwd=ROOT, capture_output=True, text=True)
+    show = "import sys; from importlib.metadata import version; "
+    show += "print(sys.version.split()[0], *(f'{name} {version(name)}' for name in sys.argv[1:]))"
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    found = subprocess.run([bin, "-c", show, *PACKAGES], **how).stdout.strip()
+    done = subprocess.run([bin, "-m", "pytest", "-q"], **how)
     lines = done.stdout.strip().splitlines()
     print(*(line for line in lines if line.startswith(("FAILED", "ERROR"))), sep="\n")
-    print(f"{name}: {found.strip()}: {lines[-1]}", flush=True)
+    print(f"{name}: {found}: {lines[-1]}", flush=True)
     return done.returncode == 0
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", help="where environments are made, and kept")
     parser.add_argument("--old-python", default="python3.10", help="(default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(args.folder or scratch)
         suites = [("oldest", args.old_python, oldest()), ("newest", sys.executable, ["torch"])]
-        good = [run(*suite, folder) for suite in suites]
+        good = [run(*suite, Path(args.folder or scratch)) for suite in suites]
     sys.exit(0 if all(good) else 1)
-
-
-if __name__ == "__main__":
-    main()

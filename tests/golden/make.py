@@ -21,19 +21,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
+PAD, MASK = 0, 63  # token ids; padding is told from text by the attention mask alone
+LENGTHS = (24, 17)  # tokens of the two texts of the padded batches
+PACKED = ((11, 13), (7, 12, 3))  # tokens of the texts packed in each row; 2 of row 2 are padding
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# --- Checkpoints -------------------------------------------------------------------------------
+
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 SHAPE |= dict(rms_norm_eps=1e-2)  # large enough to make a difference
@@ -43,61 +41,48 @@ DYNAMIC = LINEAR | {"rope_type": "dynamic"}  # idle in short texts
 # and stretches the others.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 100.0}
-WINDOW = 5
-PAD, MASK = 0, 63  # token ids; padding is told from text by the attention mask alone
-LENGTHS = (24, 17)  # tokens of the two texts of the padded batches
-PACKED = ((11, 13), (7, 12, 3))  # tokens of the texts packed in each row; 2 of row 2 are padding
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WINDOW = {"sliding_window": 5}
+SOME = WINDOW | {"use_sliding_window": True}  # of the layers
+SMOLLM3 = {"pad_token_id": PAD, "no_rope_layer_interval": 2}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+# One folder a kind of model, and between them each kind of file that transformers writes.
+MODELS = {
+    "llama-grouped": ("llama", {}),
+    "llama-linear-older": ("llama", {"rope_parameters": LINEAR}),
+    "llama-llama3-sharded": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-tied-wide-heads": ("llama", {"tie_word_embeddings": True, "head_dim": 12}),
+    "mistral-window": ("mistral", WINDOW),
+    "mistral-inner": ("mistral", {"num_key_value_heads": 1, "sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "smollm3": ("smollm3", SMOLLM3),
+    "llama-biased-dynamic": ("llama", BIASES | {"rope_parameters": DYNAMIC}),
+    "qwen2-window": ("qwen2", SOME | {"max_window_layers": 1}),
+    "smollm3-window": ("smollm3", SMOLLM3 | SOME),
+}
+SAVED = {  # as bfloat16 in one file with an output head, but for these
+    "llama-linear-older": {"dtype": torch.float16},
+    "llama-llama3-sharded": {"max_shard_size": "16KB"},
+    "mistral-inner": {"dtype": torch.float32, "auto": AutoModel},
+}
 
 
-# --- Checkpoints -------------------------------------------------------------------------------
-
-
-def redraw(model: nn.Module, seed: int) -> nn.Module:
+def write_checkpoint(
+    name: str, seed: int, config, dtype=torch.bfloat16, auto=AutoModelForCausalLM, **how
+) -> Path:
     """Weights large enough that attention is uneven, and norms that are not all one."""
+    folder, model = fresh_folder(name), auto.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for key, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if weight.dim() == 1:
-                weight.copy_(1 + 0.3 * noise)
-            else:
-                weight.copy_(noise if "embed" in name else 0.2 * noise)
-    return model
-
-
-def write_checkpoint(name, seed, config, dtype=torch.bfloat16, auto=AutoModelForCausalLM, **save):
-    folder = fresh_folder(name)
-    redraw(auto.from_config(config), seed).to(dtype).save_pretrained(folder, **save)
+            scale = 1 if "embed" in key else 0.2
+            weight.copy_(1 + 0.3 * noise if weight.dim() == 1 else scale * noise)
+    model.to(dtype).save_pretrained(folder, **how)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if name.endswith("-older"):
+        make_older(folder / "config.json")
     return folder
-
-
-def write_checkpoints() -> list[Path]:
-    """One folder a kind of model, and between them each kind of file that transformers writes."""
-    multi_query = MistralConfig(**SHAPE | {"num_key_value_heads": 1}, sliding_window=None)
-    tied = LlamaConfig(**SHAPE, tie_word_embeddings=True, head_dim=12)
-    no_rope = SmolLM3Config(**SHAPE, pad_token_id=PAD, no_rope_layer_interval=2)
-    some = {"use_sliding_window": True, "sliding_window": WINDOW}  # of the layers
-    windowed = SmolLM3Config(**SHAPE, **some, pad_token_id=PAD, no_rope_layer_interval=2)
-    biased = LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=DYNAMIC)
-    linear, llama3 = (LlamaConfig(**SHAPE, rope_parameters=rope) for rope in (LINEAR, LLAMA3))
-    folders = [
-        write_checkpoint("llama-grouped", 1, LlamaConfig(**SHAPE)),
-        write_checkpoint("llama-linear-older", 2, linear, dtype=torch.float16),
-        write_checkpoint("llama-llama3-sharded", 3, llama3, max_shard_size="16KB"),
-        write_checkpoint("llama-tied-wide-heads", 4, tied),
-        write_checkpoint("mistral-window", 5, MistralConfig(**SHAPE, sliding_window=WINDOW)),
-        write_checkpoint("mistral-inner", 6, multi_query, dtype=torch.float32, auto=AutoModel),
-        write_checkpoint("qwen2", 7, Qwen2Config(**SHAPE)),
-        write_checkpoint("qwen3", 8, Qwen3Config(**SHAPE, head_dim=8)),
-        write_checkpoint("smollm3", 9, no_rope),
-        write_checkpoint("llama-biased-dynamic", 10, biased),
-        write_checkpoint("qwen2-window", 11, Qwen2Config(**SHAPE, **some, max_window_layers=1)),
-        write_checkpoint("smollm3-window", 12, windowed),
-    ]
-    make_older(folders[1] / "config.json")
-    return folders
 
 
 def make_older(file: Path) -> None:
@@ -115,9 +100,8 @@ def read_checkpoint(folder: Path, is_causal: bool, auto=AutoModel, **changes) ->
     """The model as transformers reads it, in float32, with the plainest attention that it has."""
     config = AutoConfig.from_pretrained(folder, **changes)
     config.is_causal = is_causal  # as a key of config.json would
-    return auto.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    how = {"config": config, "dtype": torch.float32, "attn_implementation": "eager"}
+    return auto.from_pretrained(folder, **how).eval()
 
 
 # --- Hidden states -----------------------------------------------------------------------------
@@ -146,16 +130,16 @@ def hidden_states(model: nn.Module, layout: str, ids: Tensor, segments: Tensor) 
 
     Packed texts are run one at a time, so that none can see another and each starts at position 0.
     """
-    if layout == "packed":
-        states = torch.zeros(*ids.shape, model.config.hidden_size)
-        for row, texts in enumerate(PACKED):
-            for number in range(1, len(texts) + 1):
-                own = segments[row] == number
-                states[row, own] = model(input_ids=ids[row, own][None]).last_hidden_state[0]
-        return states
-    mask = None if layout == "unpadded" else segments
-    states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    return states * (segments > 0)[..., None]
+    if layout != "packed":
+        mask = None if layout == "unpadded" else segments
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states * (segments > 0)[..., None]
+    states = torch.zeros(*ids.shape, model.config.hidden_size)
+    for row, texts in enumerate(PACKED):
+        for number in range(1, len(texts) + 1):
+            own = segments[row] == number
+            states[row, own] = model(input_ids=ids[row, own][None]).last_hidden_state[0]
+    return states
 
 
 def differ(a: Tensor, b: Tensor) -> bool:
@@ -163,29 +147,30 @@ def differ(a: Tensor, b: Tensor) -> bool:
 
 
 def expect_hidden_states(folder: Path, seed: int) -> dict[str, Tensor]:
-    causal, both_ways = (read_checkpoint(folder, is_causal) for is_causal in (True, False))
-    expected = {}
-    for layout, (ids, segments) in make_batches(seed).items():
-        expected[f"{layout}.input_ids"] = ids
-        expected[f"{layout}.segments"] = segments
-        states = [hidden_states(model, layout, ids, segments) for model in (causal, both_ways)]
-        expected[f"{layout}.causal"], expected[f"{layout}.bidirectional"] = states
-        assert differ(*states), f"{folder.name}: direction makes no difference"
-    ids, segments = make_batches(seed)["unpadded"]
-    rope = causal.config.rope_parameters
+    models = {
+        "causal": read_checkpoint(folder, True),
+        "bidirectional": read_checkpoint(folder, False),
+    }
+    expected, batches = {}, make_batches(seed)
+    for layout, (ids, segments) in batches.items():
+        states = {k: hidden_states(model, layout, ids, segments) for k, model in models.items()}
+        assert differ(*states.values()), f"{folder.name}: direction makes no difference"
+        for key, tensor in ({"input_ids": ids, "segments": segments} | states).items():
+            expected[f"{layout}.{key}"] = tensor
+    config, without = models["causal"].config, {}
+    rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
     if rope["rope_type"] != "default":
         plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        model = read_checkpoint(folder, True, rope_parameters=plain)
-        unscaled = hidden_states(model, "unpadded", ids, segments)
-        short = rope["rope_type"] == "dynamic"
-        assert differ(unscaled, expected["unpadded.causal"]) != short, f"{folder.name}: scaling"
-    if getattr(causal.config, "sliding_window", None):
-        for is_causal, key in ((True, "causal"), (False, "bidirectional")):
-            full = {"layer_types": ["full_attention"] * 2, "use_sliding_window": False}
-            full = {} if folder.name.startswith("mistral") else full
-            model = read_checkpoint(folder, is_causal, sliding_window=None, **full)
-            unbounded = hidden_states(model, "unpadded", ids, segments)
-            assert differ(unbounded, expected[f"unpadded.{key}"]), "the window is idle"
+        without = {"rope_parameters": plain}
+    if window:
+        without = {"sliding_window": None}
+        if not folder.name.startswith("mistral"):
+            without |= {"layer_types": ["full_attention"] * 2, "use_sliding_window": False}
+    for key, model in models.items() if without else ():
+        model = read_checkpoint(folder, key == "causal", **without)
+        plain = hidden_states(model, "unpadded", *batches["unpadded"])
+        idle = rope["rope_type"] == "dynamic"  # in short texts
+        assert differ(plain, expected[f"unpadded.{key}"]) != idle, f"{folder.name}: {without}"
     return expected
 
 
@@ -197,7 +182,8 @@ def read_off(logits: Tensor, chosen: Tensor) -> Tensor:
     return torch.stack([logits[row, i - 1] for row, i in chosen.nonzero().tolist()])
 
 
-def expect_mntp(folder: Path, ids: Tensor, segments: Tensor, seed: int) -> dict[str, Tensor]:
+def expect_mntp(folder: Path, seed: int) -> dict[str, Tensor]:
+    ids, segments = make_batches(seed)["right"]
     generator = torch.Generator().manual_seed(seed)
     chosen = (torch.rand(ids.shape, generator=generator) < 0.3) & (segments > 0)
     chosen[:, 0] = False
@@ -206,7 +192,8 @@ def expect_mntp(folder: Path, ids: Tensor, segments: Tensor, seed: int) -> dict[
     with torch.no_grad():
         logits = read_off(model(input_ids=masked, attention_mask=segments).logits, chosen)
     loss = nn.functional.cross_entropy(logits, ids[chosen])
-    return {"masked_ids": masked, "chosen": chosen, "logits": logits, "loss": loss}
+    found = {"masked_ids": masked, "chosen": chosen, "logits": logits, "loss": loss}
+    return {f"mntp.{name}": tensor for name, tensor in found.items()}
 
 
 # --- Adapters ----------------------------------------------------------------------------------
@@ -244,12 +231,11 @@ def write_adapter(base: Path, seed: int, **options) -> Path:
 
 def expect_adapted(base: Path, folder: Path) -> dict[str, Tensor]:
     given = load_file(base / "expected.safetensors")
-    ids, segments = given["right.input_ids"], given["right.segments"]
+    batch = "right", given["right.input_ids"], given["right.segments"]
     model = PeftModel.from_pretrained(read_checkpoint(base, False), folder).eval()
-    adapted = hidden_states(model, "right", ids, segments)
-    merged = hidden_states(model.merge_and_unload(), "right", ids, segments)
+    adapted = hidden_states(model, *batch)
     assert differ(adapted, given["right.bidirectional"]), "the adapter is idle"
-    return {"adapted": adapted, "merged": merged}
+    return {"adapted": adapted, "merged": hidden_states(model.merge_and_unload(), *batch)}
 
 
 def expect_adam(base: Path, folder: Path) -> dict[str, Tensor]:
@@ -277,8 +263,7 @@ def expect_adam(base: Path, folder: Path) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-    assert losses[0] > losses[1] > losses[2], "the loss falls"
-    assert min(norms) > 1, "clipping bites"
+    assert losses[0] > losses[1] > losses[2] and min(norms) > 1, "the loss falls, clipping bites"
     # The first step is the gradient's sign: were one near zero, rounding errors would decide it.
     assert smallest[0] > 2e-6, f"{folder.name}: choose another seed"
     after = {
@@ -299,31 +284,29 @@ def fresh_folder(name: str) -> Path:
     return folder
 
 
-def write_expected(folder: Path, tensors: dict[str, Tensor], prefix: str = "") -> None:
-    """Add tensors to the folder's expected.safetensors."""
-    file = folder / "expected.safetensors"
-    old = load_file(file) if file.is_file() else {}
-    new = {prefix + name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(old | new, file)
+def write_expected(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "expected.safetensors")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()  # an encoder leaves the output head unread, and that is meant
     logging.disable_progress_bar()
-    for seed, folder in enumerate(write_checkpoints(), start=10):
-        write_expected(folder, expect_hidden_states(folder, seed))
-        if folder.name != "mistral-inner":  # which has no output head
-            batch = load_file(folder / "expected.safetensors")
-            ids, segments = batch["right.input_ids"], batch["right.segments"]
-            write_expected(folder, expect_mntp(folder, ids, segments, seed), "mntp.")
+    for seed, (name, (kind, options)) in enumerate(MODELS.items(), start=1):
+        folder = write_checkpoint(
+            name, seed, AutoConfig.for_model(kind, **SHAPE | options), **SAVED.get(name, {})
+        )
+        expected = expect_hidden_states(folder, seed + 9)
+        if name != "mistral-inner":  # which has no output head
+            expected |= expect_mntp(folder, seed + 9)
+        write_expected(folder, expected)
     # The second adapter has a rank and a scale that differ from projection to projection.
     patterns = {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {r"0\.self_attn.q_proj": 16}}
     options = {"llama-grouped": {}, "mistral-window": {"use_rslora": True, **patterns}}
     for name, seed in (("llama-grouped", 20), ("mistral-window", 23)):
         base, folder = HERE / name, write_adapter(HERE / name, seed, **options[name])
-        write_expected(folder, expect_adapted(base, folder))
-        write_expected(folder, expect_adam(base, folder))
+        write_expected(folder, expect_adapted(base, folder) | expect_adam(base, folder))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ rng = np.random.default_rng(0)
 random.seed(0)
 
 
-def number(x: float) -> float | None:
-    return None if math.isnan(x) else float(x)
+CASES: dict[str, list] = {"spearman": [], "ndcg": [], "entity_f1": []}
 
 
-cases: dict[str, list] = {"spearman": [], "ndcg": [], "entity_f1": []}
+def add(measure: str, score: float, **given) -> None:
+    CASES[measure].append(given | {"score": None if math.isnan(score) else float(score)})
+
 
 sides = [(rng.normal(size=n), rng.normal(size=n)) for n in (2, 3, 10, 60)]
 sides += [(rng.integers(0, k, 30), rng.integers(0, k, 30)) for k in (2, 3, 8)]  # ties
@@ -39,50 +40,39 @@ sides += [(np.arange(9), np.arange(9)[::-1]), (np.ones(5), np.arange(5)), (np.on
 sides += [(np.r_[1e300, -1e300, 0, 1], np.r_[1, 2, 3, 4])]
 for a, b in sides:
     a, b = (np.round(side, 3).tolist() for side in (a, b))
-    cases["spearman"].append({"a": a, "b": b, "score": number(spearmanr(a, b).statistic)})
+    add("spearman", spearmanr(a, b).statistic, a=a, b=b)
 
 shapes = (1, 2, 1), (1, 5, 10), (4, 12, 10), (6, 30, 10), (3, 9, 3)
 for (queries, candidates, k), ties, graded in product(shapes, (False, True), (False, True)):
     relevance = rng.integers(0, 4 if graded else 2, (queries, candidates))
     scores = rng.normal(size=(queries, candidates)).round(0 if ties else 3)
     if queries > 3:
-        relevance[0] = 0  # nothing to find
-        relevance[1] = 1  # nothing but right
+        relevance[:2] = [[0], [1]]  # nothing to find; nothing but right
         scores[2] = 0.5  # all alike
-    score = number(ndcg_score(relevance, scores, k=k))
-    case = {"relevance": relevance.tolist(), "scores": scores.tolist(), "k": k, "score": score}
-    cases["ndcg"].append(case)
-
-KINDS = ["PER", "LOC", "creative-work"]
+    given = {"relevance": relevance.tolist(), "scores": scores.tolist(), "k": k}
+    add("ndcg", ndcg_score(relevance, scores, k=k), **given)
 
 
 def labels(n: int) -> list[str]:
     """Any order of marks: I- after O, I- of another type, B- after B-."""
-    marks = [f"{m}-{kind}" for m in "BI" for kind in KINDS] + ["O", "O", "O"]
-    return random.choices(marks, k=n)
+    marks = [f"{m}-{kind}" for m in "BI" for kind in ("PER", "LOC", "creative-work")]
+    return random.choices(marks + ["O", "O", "O"], k=n)
 
 
 def changed(said: list[str], share: float) -> list[str]:
     return [random.choice(labels(1)) if random.random() < share else label for label in said]
 
 
-def entity_case(gold: list[list[str]], guess: list[list[str]]) -> dict:
-    return {"gold": gold, "guess": guess, "score": number(f1_score(gold, guess, zero_division=0))}
-
-
-for share in (0.0, 0.1, 0.3, 1.0):
-    for sentences in (1, 5, 20):
-        gold = [labels(random.randint(1, 12)) for _ in range(sentences)]
-        cases["entity_f1"].append(entity_case(gold, [changed(said, share) for said in gold]))
-cases["entity_f1"] += [
-    entity_case([["O", "O"]], [["O", "O"]]),
-    entity_case([["B-PER", "O"]], [["O", "O"]]),
-    entity_case([["O", "O"]], [["B-PER", "I-PER"]]),
-    entity_case([["I-PER"], ["I-PER"]], [["I-PER"], ["B-PER"]]),
-    entity_case([["B-PER", "I-PER", "I-LOC"]], [["B-PER", "I-PER", "B-LOC"]]),
-    entity_case([["B-PER", "B-PER"]], [["B-PER", "I-PER"]]),
-]
+pairs = []
+for share, sentences in product((0.0, 0.1, 0.3, 1.0), (1, 5, 20)):
+    gold = [labels(random.randint(1, 12)) for _ in range(sentences)]
+    pairs.append((gold, [changed(said, share) for said in gold]))
+pairs += [([["O", "O"]], [["O", "O"]]), ([["B-PER", "O"]], [["O", "O"]])]
+pairs += [([["O", "O"]], [["B-PER", "I-PER"]]), ([["I-PER"], ["I-PER"]], [["I-PER"], ["B-PER"]])]
+pairs += [([["B-PER", "I-PER", "I-LOC"]], [["B-PER", "I-PER", "B-LOC"]])]
+pairs += [([["B-PER", "B-PER"]], [["B-PER", "I-PER"]])]
+for gold, guess in pairs:
+    add("entity_f1", f1_score(gold, guess, zero_division=0), gold=gold, guess=guess)
 
 file = Path(__file__).parent / "metrics.json"
-file.write_text(json.dumps(cases, separators=(",", ":")) + "\n")
-print({name: len(of_it) for name, of_it in cases.items()}, file.stat().st_size, "bytes")
+file.write_text(json.dumps(CASES, separators=(",", ":")) + "\n")
