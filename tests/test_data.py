@@ -1,6 +1,5 @@
-"""Reading, splitting and cutting text."""
+"""Splitting and cutting text."""
 
-import gzip
 import time
 
 import pytest
@@ -13,33 +12,6 @@ from llm2vec_data.corpus import (
     sentences,
     split_documents,
 )
-from llm2vec_data.encode import read_records
-from llm2vec_data.pairs import read_pairs
-
-
-def test_documents_of_both_kinds(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n  two  \r\nthree")
-    assert read_documents(tmp_path / "a.txt") == ["one", "two", "three"]
-    (tmp_path / "a.jsonl").write_text('{"text": "one\\ntwo", "title": "x"}\n\n{"text": " "}\n')
-    assert read_documents(tmp_path / "a.jsonl") == ["one\ntwo"]
-    assert len(read_documents(WIKIPEDIA)) == 10_033
-
-
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("a.txt", b"", "a.txt: an empty corpus"),
-        ("a.txt", b"\n \n", "a.txt: an empty corpus"),
-        ("a.txt", b"fine\n\xff\n", "a.txt, line 2: .*utf-8"),
-        ("a.jsonl", b'{"text": "fine"}\nnot json\n', "a.jsonl, line 2"),
-        ("a.jsonl", None, "a.jsonl: no such file"),
-    ],
-)
-def test_a_bad_corpus_is_named(tmp_path, name, content, said):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
-        read_documents(tmp_path / name)
 
 
 def test_the_split_never_leaks():
@@ -92,30 +64,6 @@ def test_sentences(expected):
 )
 def test_sentences_of_all_scripts(between, expected):
     assert sentences(between.join(expected)) == expected
-
-
-def test_a_corpus_may_be_a_folder_and_compressed(tmp_path):
-    (tmp_path / "b.txt").write_text("two\nthree\n")
-    (tmp_path / "notes.md").write_text("not a corpus\n")
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.write('{"text": "one"}\n')
-    assert read_documents(tmp_path) == ["one", "two", "three"]
-    assert read_documents(tmp_path / "a.jsonl.gz") == ["one"]
-    (tmp_path / "c.txt.gz").write_bytes(b"not compressed")
-    with pytest.raises(ValueError, match="c.txt.gz: "):
-        read_documents(tmp_path / "c.txt.gz")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: an empty corpus, no text in its \.txt"):
-        read_documents(tmp_path / "empty")
-
-
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_is_called_by_its_name(tmp_path, encoding):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes('\ufeff{"text": "one", "query": "q", "positive": "p"}\n'.encode(encoding))
-    for read in (read_documents, lambda f: read_pairs([f]), lambda f: list(read_records(str(f)))):
-        with pytest.raises(ValueError, match="a.jsonl: is UTF-16, .*: save it as UTF-8"):
-            read(file)
 
 
 @pytest.mark.parametrize(
