@@ -26,26 +26,16 @@ def test_the_split_never_leaks():
 
 
 @pytest.mark.parametrize(
-    "expected",  # joined by spaces, and cut again
+    "between, expected",  # joined, and cut again
     [
-        ["One.", "Two!", "Three?", "Four"],
-        ["Dr. Smith met J. R. R. Tolkien.", "They ate."],
-        ["It cost 3.5 dollars.", "12 came."],
-        ["The U.S. Army left.", "It won."],
-        ['He said "Go."', '"No," she said.'],
-        ["He (b. 1900) sang.", "(Badly.)", "Then"],
-        ["e.g. this vs. That one."],
-        [],
-    ],
-)
-def test_sentences(expected):
-    assert sentences(" ".join(expected)) == expected
-    assert sentences(f"  \n{' '.join(expected)}\nline two.") == [*expected, "line two."]
-
-
-@pytest.mark.parametrize(
-    "between, expected",
-    [
+        (" ", ["One.", "Two!", "Three?", "Four"]),
+        (" ", ["Dr. Smith met J. R. R. Tolkien.", "They ate."]),
+        (" ", ["It cost 3.5 dollars.", "12 came."]),
+        (" ", ["The U.S. Army left.", "It won."]),
+        (" ", ['He said "Go."', '"No," she said.']),
+        (" ", ["He (b. 1900) sang.", "(Badly.)", "Then"]),
+        (" ", ["e.g. this vs. That one."]),
+        (" ", []),
         (" ", ["Он родился в 1812 г. в Москве.", "А. С. Пушкин писал.", "«Да!» — сказал он."]),
         (" ", ["Τι είναι αυτό;", "Είναι ένα βιβλίο.", "Όχι!"]),
         (" ", ["यह पहला वाक्य है।", "यह दूसरा है।", "क्या?"]),
@@ -64,13 +54,14 @@ def test_sentences(expected):
 )
 def test_sentences_of_all_scripts(between, expected):
     assert sentences(between.join(expected)) == expected
+    assert sentences(f"  \n{between.join(expected)}\nline two.") == [*expected, "line two."]
 
 
 @pytest.mark.parametrize(
     "unit",
     [".", "A. ", "a.b.c.", '"', "?!", "It is. ", '." ', ".)", '. "(', "α;", "。", "这是。」"],
 )
-def test_a_line_of_a_megabyte_takes_linear_time(unit):
+def test_a_long_line_takes_linear_time(unit):
     """Four times the length takes some four times as long, not sixteen."""
 
     def seconds(length: int) -> float:
@@ -79,7 +70,7 @@ def test_a_line_of_a_megabyte_takes_linear_time(unit):
         return time.process_time() - start
 
     seconds(1000)
-    assert seconds(1_000_000) < 8 * min(seconds(250_000) for _ in range(2)) + 0.05
+    assert seconds(400_000) < 8 * min(seconds(100_000) for _ in range(2)) + 0.05
 
 
 def test_sentences_lose_no_word():
