@@ -22,11 +22,6 @@ from llm2vec_data.checkpoints import TINY
 from llm2vec_data.corpus import WIKIPEDIA, read_documents
 
 
-def resident() -> float:
-    """MiB of memory that the process holds now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -34,13 +29,13 @@ def main() -> None:
     draw, encoder = random.Random(0), LLM2Vec.from_pretrained(TINY)
     texts = draw.sample(read_documents(WIKIPEDIA), 500)
     alone = np.concatenate([encoder.encode([text]) for text in texts])
-    start, minutes, worst, early, now = time.monotonic(), 0, 0.0, 0.0, 0.0
+    start, minutes, worst, early = time.monotonic(), 0, 0.0, 0.0
     while (passed := time.monotonic() - start) < seconds:
         chosen = draw.sample(range(len(texts)), draw.randrange(1, 200))
         vectors = encoder.encode([texts[i] for i in chosen], max_tokens=draw.randrange(64, 16384))
-        worst, now = max(worst, float(np.abs(vectors - alone[chosen]).max())), resident()
-        if not early or passed < seconds / 10:
-            early = max(early, now)
+        worst = max(worst, float(np.abs(vectors - alone[chosen]).max()))
+        now = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20  # MiB, on Linux
+        early = max(early, now) if not early or passed < seconds / 10 else early
         if passed // 60 > minutes:
             minutes = passed // 60
             print(f"{minutes:.0f} min: {now:.0f} MiB, {worst:.1e}", flush=True)

@@ -1,6 +1,5 @@
-"""Reading, splitting and cutting text."""
+"""Splitting and cutting text."""
 
-import gzip
 import time
 
 import pytest
@@ -13,33 +12,6 @@ from llm2vec_data.corpus import (
     sentences,
     split_documents,
 )
-from llm2vec_data.encode import read_records
-from llm2vec_data.pairs import read_pairs
-
-
-def test_documents_of_both_kinds(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n  two  \r\nthree")
-    assert read_documents(tmp_path / "a.txt") == ["one", "two", "three"]
-    (tmp_path / "a.jsonl").write_text('{"text": "one\\ntwo", "title": "x"}\n\n{"text": " "}\n')
-    assert read_documents(tmp_path / "a.jsonl") == ["one\ntwo"]
-    assert len(read_documents(WIKIPEDIA)) == 10_033
-
-
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("a.txt", b"", "a.txt: an empty corpus"),
-        ("a.txt", b"\n \n", "a.txt: an empty corpus"),
-        ("a.txt", b"fine\n\xff\n", "a.txt, line 2: .*utf-8"),
-        ("a.jsonl", b'{"text": "fine"}\nnot json\n', "a.jsonl, line 2"),
-        ("a.jsonl", None, "a.jsonl: no such file"),
-    ],
-)
-def test_a_bad_corpus_is_named(tmp_path, name, content, said):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
-        read_documents(tmp_path / name)
 
 
 def test_the_split_never_leaks():
@@ -54,26 +26,16 @@ def test_the_split_never_leaks():
 
 
 @pytest.mark.parametrize(
-    "expected",  # joined by spaces, and cut again
+    "between, expected",  # joined, and cut again
     [
-        ["One.", "Two!", "Three?", "Four"],
-        ["Dr. Smith met J. R. R. Tolkien.", "They ate."],
-        ["It cost 3.5 dollars.", "12 came."],
-        ["The U.S. Army left.", "It won."],
-        ['He said "Go."', '"No," she said.'],
-        ["He (b. 1900) sang.", "(Badly.)", "Then"],
-        ["e.g. this vs. That one."],
-        [],
-    ],
-)
-def test_sentences(expected):
-    assert sentences(" ".join(expected)) == expected
-    assert sentences(f"  \n{' '.join(expected)}\nline two.") == [*expected, "line two."]
-
-
-@pytest.mark.parametrize(
-    "between, expected",
-    [
+        (" ", ["One.", "Two!", "Three?", "Four"]),
+        (" ", ["Dr. Smith met J. R. R. Tolkien.", "They ate."]),
+        (" ", ["It cost 3.5 dollars.", "12 came."]),
+        (" ", ["The U.S. Army left.", "It won."]),
+        (" ", ['He said "Go."', '"No," she said.']),
+        (" ", ["He (b. 1900) sang.", "(Badly.)", "Then"]),
+        (" ", ["e.g. this vs. That one."]),
+        (" ", []),
         (" ", ["Он родился в 1812 г. в Москве.", "А. С. Пушкин писал.", "«Да!» — сказал он."]),
         (" ", ["Τι είναι αυτό;", "Είναι ένα βιβλίο.", "Όχι!"]),
         (" ", ["यह पहला वाक्य है।", "यह दूसरा है।", "क्या?"]),
@@ -92,37 +54,14 @@ def test_sentences(expected):
 )
 def test_sentences_of_all_scripts(between, expected):
     assert sentences(between.join(expected)) == expected
-
-
-def test_a_corpus_may_be_a_folder_and_compressed(tmp_path):
-    (tmp_path / "b.txt").write_text("two\nthree\n")
-    (tmp_path / "notes.md").write_text("not a corpus\n")
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.write('{"text": "one"}\n')
-    assert read_documents(tmp_path) == ["one", "two", "three"]
-    assert read_documents(tmp_path / "a.jsonl.gz") == ["one"]
-    (tmp_path / "c.txt.gz").write_bytes(b"not compressed")
-    with pytest.raises(ValueError, match="c.txt.gz: "):
-        read_documents(tmp_path / "c.txt.gz")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: an empty corpus, no text in its \.txt"):
-        read_documents(tmp_path / "empty")
-
-
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_is_called_by_its_name(tmp_path, encoding):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes('\ufeff{"text": "one", "query": "q", "positive": "p"}\n'.encode(encoding))
-    for read in (read_documents, lambda f: read_pairs([f]), lambda f: list(read_records(str(f)))):
-        with pytest.raises(ValueError, match="a.jsonl: is UTF-16, .*: save it as UTF-8"):
-            read(file)
+    assert sentences(f"  \n{between.join(expected)}\nline two.") == [*expected, "line two."]
 
 
 @pytest.mark.parametrize(
     "unit",
     [".", "A. ", "a.b.c.", '"', "?!", "It is. ", '." ', ".)", '. "(', "α;", "。", "这是。」"],
 )
-def test_a_line_of_a_megabyte_takes_linear_time(unit):
+def test_a_long_line_takes_linear_time(unit):
     """Four times the length takes some four times as long, not sixteen."""
 
     def seconds(length: int) -> float:
@@ -131,7 +70,7 @@ def test_a_line_of_a_megabyte_takes_linear_time(unit):
         return time.process_time() - start
 
     seconds(1000)
-    assert seconds(1_000_000) < 8 * min(seconds(250_000) for _ in range(2)) + 0.05
+    assert seconds(400_000) < 8 * min(seconds(100_000) for _ in range(2)) + 0.05
 
 
 def test_sentences_lose_no_word():

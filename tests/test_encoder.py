@@ -1,24 +1,25 @@
 """Texts to vectors, checkpoints in and out, and what is said of bad ones."""
 
+import io
 import json
 import lzma
 import os
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, TINY, python, spoil, tiny
+from helpers import DOCUMENTS, GOLDEN, TINY, refused, spoil, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import llm2vec
-import llm2vec_data.export
 from llm2vec import Decoder, LLM2Vec, load_tokenizer, tokenize
 from llm2vec_data.checkpoints import TEMPLATES
-from llm2vec_data.corpus import WIKIPEDIA, read_documents
 from llm2vec_data.encode import encode_file
 from lora import add_lora, merge_lora, save_adapter
 
@@ -40,12 +41,12 @@ def own_ids(row: tuple[list[int], list[bool]]) -> list[int]:
 # --- Vectors -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, N", [(torch.float32, 32), (torch.bfloat16, 8)])
-def test_a_vector_does_not_depend_on_its_neighbours(dtype, N):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vector_does_not_depend_on_its_neighbours(dtype):
     encoder = LLM2Vec.from_pretrained(TINY, dtype=dtype)
-    texts = [text[: 20 + 9 * i] for i, text in enumerate(read_documents(WIKIPEDIA)[:N])]
+    texts = [text[: 20 + 19 * i] for i, text in enumerate(DOCUMENTS[:12])]
     alone = np.concatenate([encoder.encode([text]) for text in texts])
-    assert alone.dtype == np.float32 and alone.shape == (N, encoder.decoder.config.hidden_size)
+    assert alone.dtype == np.float32 and alone.shape == (12, encoder.decoder.config.hidden_size)
     together = [encoder.encode(texts, max_tokens=n) for n in (1, 300, 100_000)]
     for vectors in (*together, encoder.encode(texts[::-1])[::-1]):
         norms = np.linalg.norm(alone, axis=1) * np.linalg.norm(vectors, axis=1)
@@ -64,72 +65,66 @@ def test_an_empty_text_has_a_finite_vector(encoder, folder):
     assert encoder.encode([]).shape == (0, encoder.decoder.config.hidden_size)
 
 
-@pytest.mark.parametrize(
-    "texts, said",
-    [
-        (["a", None], "text 1 is NoneType"),
-        (["fine", "a \ud800"], "text 1 holds half a surrogate pair"),
-    ],
-)
-def test_what_is_not_a_list_of_texts_is_refused(encoder, texts, said):
-    with pytest.raises(ValueError, match=said):
-        encoder.encode(texts)
+def test_what_is_not_a_list_of_texts_is_refused(encoder):
+    refused("text 1 is NoneType", encoder.encode, ["a", None])
+    refused("text 1 holds half a surrogate", encoder.encode, ["fine", "a \ud800"])
+    with pytest.raises(TypeError, match="normalize_embeddings"):
+        encoder.encode(["a"], normalize_embeddings=True)  # never taken and ignored
 
 
-def test_bos_and_instruction_are_read_but_not_averaged(folder):
-    model, plain = LLM2Vec.from_pretrained(folder), Tokenizer.from_file(f"{folder}/tokenizer.json")
-    ids = plain.encode("find this:\na b").ids
-    [row] = tokenize(model.tokenizer, ["a b"], 512, instruction="find this:")
-    assert row == (ids, [False] * (len(ids) - 3) + [True] * 3), "a, a space, b"
-    expected = model.decoder(torch.tensor([ids]))[0, -3:].mean(0).detach().numpy()
-    got = model.encode(["a b"], instruction="find this:")[0]
-    np.testing.assert_allclose(got, expected, atol=1e-5)
-    assert not np.allclose(got, model.encode(["a b"])[0], atol=1e-3)
+def test_one_string_is_one_vector(encoder):
+    assert np.array_equal(encoder.encode("A man."), encoder.encode(["A man."])[0])
+
+
+def test_a_text_is_cut_at_its_end_and_an_instruction_is_not(folder):
+    model = LLM2Vec.from_pretrained(folder)
     [row] = tokenize(model.tokenizer, ["a b a b a b"], 4)
-    assert row == (plain.encode("a b").ids[:4], [False, True, True, True]), "cut at the end"
-    with pytest.raises(ValueError, match="leaves no room"):
-        tokenize(model.tokenizer, ["a"], 3, instruction="find this:")
+    assert row == (model.tokenizer.encode("a b").ids[:4], [False, True, True, True])
+    refused("leaves no room", tokenize, model.tokenizer, ["a"], 3, instruction="find this:")
 
 
 # --- Checkpoints -------------------------------------------------------------------------------
 
 
 def test_saving_never_replaces_a_folder_of_something_else(encoder, tmp_path):
-    (tmp_path / "thesis.txt").write_text("three years of work")
     (tmp_path / "config.json").write_text("{}")  # of any program
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        encoder.save(tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
+    refused("not a checkpoint", encoder.save, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
-    "owner, name, countdown",
-    [
-        (llm2vec_data.export, "save_file", 1),
-        (Path, "write_text", 3),
-        (os, "replace", 1),
-        (os, "replace", 2),
-    ],
+    "owner, name, n", [(Path, "write_text", 3), (os, "replace", 1), (os, "replace", 2)]
 )
 def test_a_save_that_is_cut_short_leaves_what_was_there(
-    owner, name, countdown, folder, tmp_path, monkeypatch
+    owner, name, n, folder, tmp_path, monkeypatch
 ):
     out, model, original = tmp_path / "out", LLM2Vec.from_pretrained(folder), getattr(owner, name)
     model.save(out)
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
+    calls = iter([False] * (n - 1) + [True])
 
-    def full(*args, **kwargs):
-        nonlocal countdown
-        countdown -= 1
-        if countdown == 0:
+    def full(*args, **how):
+        if next(calls, False):
             raise OSError(28, "No space left on device")
-        return original(*args, **kwargs)
+        return original(*args, **how)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(owner, name, full)
         model.save(out)
-    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
-    assert not list(tmp_path.glob(".new-*")), "no scratch folder stays behind"
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+    assert not list(tmp_path.glob(".new-*")), "no scratch folder is left"
+
+
+def test_weights_for_which_there_is_no_room_are_one_error_and_leave_nothing(encoder, tmp_path):
+    """A limit on the size of files stands in for a disk that is full."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            encoder.save(tmp_path / "encoder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_whole_file_is_read_before_an_index_as_in_transformers(tmp_path):
@@ -149,106 +144,80 @@ def test_a_model_is_saved_with_its_output_head_or_without_one(folder, tmp_path):
     inner = load_file(folder / "model.safetensors").items()
     inner = {name.removeprefix("model."): w for name, w in inner if name != "lm_head.weight"}
     save_file(inner, folder / "model.safetensors")
-    model = LLM2Vec.from_pretrained(folder)
-    with pytest.raises(ValueError, match="lm_head"):
-        model.decoder.logits(torch.zeros(1, 32))
-    model.save(tmp_path / "again")
+    LLM2Vec.from_pretrained(folder).save(tmp_path / "again")
     again = LLM2Vec.from_pretrained(tmp_path / "again")
-    assert not again.decoder.can_predict
+    refused("lm_head", again.decoder.logits, torch.zeros(1, 32))
     assert np.array_equal(again.encode(["a b"]), model.encode(["a b"]))
 
 
 # --- What is said of bad input -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda s: s.pop(f"model.{UP}.weight"), f"{UP}.weight is missing"),
-        (
-            lambda s: s.update({f"model.{KEY}": s[f"model.{KEY}"][1:].contiguous()}),
-            rf"{KEY} is \[15, 32\], expected \[16, 32\]",
-        ),
-    ],
-)
-def test_a_wrong_tensor_is_named(folder, change, said):
-    spoil(folder / "model.safetensors", change)
-    with pytest.raises(ValueError, match=said):
-        Decoder.from_pretrained(folder)
+TENSORS = [
+    (lambda s: s.pop(f"model.{UP}.weight"), f"{UP}.weight is missing"),
+    (lambda s: s.update({f"model.{KEY}": torch.zeros(15, 32)}), rf"{KEY} is \[15, 32\]"),
+]
+FIELDS = [
+    ({"model_type": "gpt2"}, "gpt2"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_parameters": {"full_attention": {}}}, "differ by layer"),
+    ({"vocab_size": "384"}, "vocab_size is '384'"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    ({"num_key_value_heads": 3}, "num_attention_heads"),
+    ({"head_dim": 5}, "head_dim"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+    ({"rope_scaling": {"type": "linear"}}, "factor"),
+    ({"rope_parameters": {"rope_theta": "big"}}, "'big'"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+    ({"layer_types": ["chunked_attention"] * 2}, "layer_types is .*chunked"),
+    ({"layer_types": ["full_attention"]}, "layer_types is .*each layer"),
+    ({"model_type": "llama", "layer_types": ["sliding_attention"] * 2}, "layer_types"),
+]
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"rope_parameters": {"full_attention": {}}}, "differ by layer"),
-        ({"vocab_size": "384"}, "vocab_size is '384'"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"num_key_value_heads": 3}, "num_attention_heads is 4, expected a multiple"),
-        ({"head_dim": 5}, "head_dim is 5"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type is 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_parameters": {"rope_theta": "big"}}, "'big'"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
-        ({"layer_types": ["chunked_attention"] * 2}, "layer_types is .*chunked"),
-        ({"layer_types": ["full_attention"]}, "layer_types is .*, expected one for each layer"),
-        ({"model_type": "llama", "layer_types": ["sliding_attention"] * 2}, "expected full_att"),
-    ],
+    "file, change, said",
+    [("model.safetensors", *case) for case in TENSORS]
+    + [("config.json", lambda raw, f=fields: raw.update(f), said) for fields, said in FIELDS]
+    + [(INDEX, lambda raw, f=f: raw.update(weight_map={NORM: f}), f) for f in ("../x", "/etc/x")],
 )
-def test_a_config_that_can_not_be_run_is_refused_by_file_and_field(folder, changes, said):
-    spoil(folder / "config.json", **changes)
-    with pytest.raises(ValueError, match=f"config.json: .*{said}"):
-        Decoder.from_pretrained(folder)
+def test_what_is_wrong_in_a_checkpoint_is_named(file, change, said, folder):
+    if file == INDEX:
+        (folder / "model.safetensors").unlink()
+        (folder / file).write_text("{}")
+    spoil(folder / file, change)
+    refused(f"{'' if file.endswith('tensors') else file}.*{said}", Decoder.from_pretrained, folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_missing_file_is_named(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        LLM2Vec.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("target", ["../other.safetensors", "/etc/passwd"])
-def test_an_index_that_leaves_its_folder_is_refused(folder, target):
-    (folder / "model.safetensors").unlink()
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": target}}))
-    with pytest.raises(ValueError, match=f"{index}: '{target}' is not the name of a file"):
-        Decoder.from_pretrained(folder)
+def test_a_folder_without_config_is_named(folder):
+    (folder / "config.json").unlink()
+    refused("config.json", LLM2Vec.from_pretrained, folder)
 
 
 # --- Files and the command line ----------------------------------------------------------------
 
 
-def test_the_command_line_encodes_as_its_flags_say_and_tells_how_much_is_cut(folder, tmp_path):
+def test_the_command_line_encodes_as_its_flags_say_and_tells_how_much_is_cut(folder, command):
     texts = ["a b c a b c", "", "find this"]
-    (tmp_path / "t.txt").write_text("\n".join(texts) + "\n")
-    args = ["encode", "--model", folder, "--dtype", "bfloat16", "--input", tmp_path / "t.txt"]
-    args += ["--output", tmp_path / "v.npy", "--normalize", "--max-length", 4, "--pooling", "last"]
-    done = python("llm2vec.py", *args)
-    assert done.returncode == 0, done.stderr
+    Path("t.txt").write_text("\n".join(texts) + "\n")
+    args = ["encode", "--model", folder, "--dtype", "bfloat16", "--input", "t.txt", "--normalize"]
+    args += ["--output", "v.npy", "--max-length", 4, "--pooling", "last"]
+    status, _, errors = command(*args, main=llm2vec.main)
+    assert status == 0, errors
     how = {"max_length": 4, "pooling": "last", "dtype": torch.bfloat16}
-    model = LLM2Vec.from_pretrained(folder, **how)
-    vectors = np.load(tmp_path / "v.npy")
+    model, vectors = LLM2Vec.from_pretrained(folder, **how), np.load("v.npy")
     np.testing.assert_allclose(vectors, model.encode(texts, normalize=True), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     cut = sum(len(ids) > 4 for ids, _ in model.rows(texts, max_length=99))
-    said = f"{cut} of 3 texts are cut at 4 tokens, which --max-length sets"
-    assert done.stderr.splitlines()[-1] == said and cut > 0
+    assert errors.splitlines()[-1].startswith(f"{cut} of 3 texts are cut at 4 tokens") and cut > 0
 
 
-def test_the_command_line_compares(encoder, command):
-    texts = ["A man plays a guitar.", "Stocks fell."]
-    _, out, _ = command("similar", "--model", TINY, *texts, main=llm2vec.main)
-    a, b = encoder.encode(texts, normalize=True)
-    said = [line.split(maxsplit=2) for line in out.splitlines()]
-    assert said == [["1.000", f"{a @ b:.3f}", texts[0]], [f"{a @ b:.3f}", "1.000", texts[1]]]
-
-
-def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, command):
-    """Which stand behind them, where argparse would take them for adapters."""
+def test_sentences_are_compared_before_and_after_the_adapters_on_a_command_line(
+    folder, tmp_path, command
+):
+    """Where argparse would take them for adapters."""
     model, texts = LLM2Vec.from_pretrained(folder), ["a b", "c"]
     for name in ("one", "two"):
         for parameter in add_lora(model.decoder, rank=2):
@@ -259,27 +228,24 @@ def test_adapters_leave_the_sentences_to_the_command(folder, tmp_path, command):
     a, b = model.encode(texts, normalize=True)
     start = ["similar", "--model", folder, "--dtype", "float32"]
     for args in (["--adapters", *adapters, *texts], [*texts, "--adapters", *adapters]):
-        first, _ = command(*start, *args, main=llm2vec.main)[1].splitlines()
-        assert first.split() == ["1.000", f"{a @ b:.3f}", "a", "b"]
+        rows = [x.split() for x in command(*start, *args, main=llm2vec.main)[1].splitlines()]
+        assert rows == [["1.000", f"{a @ b:.3f}", "a", "b"], [f"{a @ b:.3f}", "1.000", "c"]]
     for args, said in ((adapters, "no sentences"), ([str(tmp_path / "thre"), *texts], "thre: no")):
         status, _, errors = command(*start, "--adapters", *args, main=llm2vec.main)
         assert status == 2 and said in errors
 
 
-def test_one_string_is_one_vector(encoder):
-    vector = encoder.encode("A man plays a guitar.")
-    assert vector.shape == (encoder.decoder.config.hidden_size,)
-    assert np.array_equal(vector, encoder.encode(["A man plays a guitar."])[0])
-    with pytest.raises(TypeError, match="normalize_embeddings"):
-        encoder.encode(["a"], normalize_embeddings=True)  # never taken and ignored
-
-
-def test_json_lines_keep_their_fields(encoder, tmp_path):
-    lines = [{"id": 7, "text": "One."}, {"text": "Zwei\u2028noch zwei.", "lang": "de"}]
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert encode_file(encoder, str(source), str(target)) == 2
-    found = [json.loads(line) for line in target.read_text().split("\n")[:-1]]
+@pytest.mark.parametrize("target", ["out.jsonl", "-"])
+def test_json_lines_keep_their_fields(target, encoder, tmp_path, monkeypatch):
+    """On standard output too, of a notebook, which has no buffer."""
+    monkeypatch.chdir(tmp_path)
+    lines = [{"id": 7, "text": "Grüße."}, {"text": "Zwei\u2028noch zwei.", "lang": "de"}]
+    Path("in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out := io.StringIO())
+        encode_file(encoder, "in.jsonl", target)
+    text = out.getvalue() if target == "-" else Path(target).read_text()
+    found = [json.loads(line) for line in text.split("\n")[:-1]]
     vectors = np.array([line.pop("vector") for line in found])
     assert found == lines
     np.testing.assert_allclose(vectors, encoder.encode([x["text"] for x in lines]), atol=1e-5)
@@ -288,22 +254,21 @@ def test_json_lines_keep_their_fields(encoder, tmp_path):
 def test_a_file_of_several_chunks_keeps_its_order_and_has_its_name_once_it_is_whole(
     folder, tmp_path, monkeypatch
 ):
-    words = ["a", "b", "c", "a b", "b c a"]
-    texts = [words[i * i % 7 % 5] for i in range(2 * 4096 + 5)]
-    source, target = tmp_path / "texts.txt", tmp_path / "v.npy"
-    source.write_text("\n".join(texts) + "\n")
-    model = LLM2Vec.from_pretrained(folder)
-    each = dict(zip(words, model.encode(words), strict=True))
-    encode, there = model.encode, []
-
-    def watched(*args):  # one that is killed here leaves v.npy.part
-        there.append((target.exists(), (tmp_path / "v.npy.part").exists()))
-        return encode(*args)
-
-    monkeypatch.setattr(model, "encode", watched)
-    assert encode_file(model, str(source), str(target)) == len(texts)
-    assert there == [(False, True)] * 3
-    np.testing.assert_allclose(np.load(target), np.stack([each[t] for t in texts]), atol=1e-5)
+    model, words, target = (
+        LLM2Vec.from_pretrained(folder),
+        ["a", "b", "c", "a b"],
+        tmp_path / "v.npy",
+    )
+    texts = [words[i * i % 7 % 4] for i in range(2 * 4096 + 5)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    each, there = dict(zip(words, model.encode(words), strict=True)), []
+    stack = lambda texts, *_: np.stack([each[t] for t in texts])  # noqa: E731
+    monkeypatch.setattr(
+        model, "encode", lambda texts, _: there.append(target.exists()) or stack(texts)
+    )
+    assert encode_file(model, str(tmp_path / "texts.txt"), str(target)) == len(texts)
+    assert there == [False] * 3
+    np.testing.assert_array_equal(np.load(target), stack(texts))
 
 
 # --- Chat templates ----------------------------------------------------------------------------
@@ -331,8 +296,6 @@ def test_the_mistral_template_is_attended_to_and_its_closing_marker_averaged(mis
     assert own_ids(row) == [16230, *closing]
     [row] = tokenize(tokenizer, ["Hello world and much more than fits"], 10)
     assert row[0] == [1, *opening, 22557, 1526, *closing]
-    with pytest.raises(ValueError, match="max_length 8 leaves no room"):
-        tokenize(tokenizer, ["Hello"], 8)
 
 
 def test_the_llama_3_template_is_made_of_special_tokens(tmp_path):
@@ -348,39 +311,7 @@ def test_the_llama_3_template_is_made_of_special_tokens(tmp_path):
         assert row[0] == tokenizer.encode(opening).ids + own and own_ids(row) == own
 
 
-def test_a_template_is_recorded_in_the_saved_folder(folder, mistral, tmp_path):
-    shutil.copy(mistral / "tokenizer.json", folder)
-    spoil(folder / "config.json", vocab_size=32000)
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    spoil(folder / "model.safetensors", **{name: torch.randn(32000, 32) for name in names})
-    model = LLM2Vec.from_pretrained(folder, template="mistral")
-    model.save(tmp_path / "out")
-    again = LLM2Vec.from_pretrained(tmp_path / "out")
-    assert np.array_equal(model.encode(["Hello world"]), again.encode(["Hello world"]))
-    assert not (tmp_path / "out" / "modules.json").exists()
-    with pytest.raises(ValueError, match="has a template already"):
-        LLM2Vec.from_pretrained(tmp_path / "out", template="mistral")
-    with pytest.raises(ValueError, match="template 'gpt'"):
-        LLM2Vec.from_pretrained(folder, template="gpt")
-
-
-def test_a_tokenizer_without_bos_may_have_one_in_front_and_keeps_it(tmp_path, mistral):
-    model, text = LLM2Vec.from_pretrained(TINY, template="endoftext"), "A text of its own"
-    [(ids, own)] = tokenize(model.tokenizer, [text], 16)
-    plain = model.tokenizer.encode(text, add_special_tokens=False).ids
-    assert ids == [model.tokenizer.token_to_id("<|endoftext|>"), *plain]
-    assert own == [False] + [True] * len(plain)
-    model.save(tmp_path / "out")
-    again = LLM2Vec.from_pretrained(tmp_path / "out")
-    np.testing.assert_array_equal(model.encode([text, "more"]), again.encode([text, "more"]))
-    weights = json.loads((tmp_path / "out" / "1_WordWeights" / "config.json").read_text())
-    assert weights["word_weights"][weights["vocab"][ids[0]]] == 0, "no BOS in the mean there too"
-    assert weights["vocab"][ids[1]] not in weights["word_weights"]
-    with pytest.raises(ValueError, match=r"tokenizer.json: has no token <\|endoftext\|>"):
-        load_tokenizer(mistral, ("<|endoftext|>", ""))
-
-
-def test_a_template_is_saved_as_the_tokens_that_it_consists_of(tmp_path, mistral):
+def test_a_template_is_saved_as_the_tokens_that_it_consists_of(mistral):
     """Other readers look its names up: llama.cpp takes one that is no token for no BOS."""
     for tokenizer, template in (
         (load_tokenizer(TINY, "endoftext"), "<|endoftext|> A"),
@@ -391,41 +322,25 @@ def test_a_template_is_saved_as_the_tokens_that_it_consists_of(tmp_path, mistral
         assert " ".join(steps) == template
         for name, token in processor["special_tokens"].items():
             assert token["ids"] == [tokenizer.token_to_id(name)] and token["tokens"] == [name]
-    model = LLM2Vec.from_pretrained(TINY, template="endoftext")
-    model.include_prompt = True  # BOS is averaged: a plain mean, as every server computes it
-    model.save(tmp_path / "out")
-    kinds = [m["type"] for m in json.loads((tmp_path / "out" / "modules.json").read_text())]
+
+
+def test_with_bos_in_the_average_an_export_is_the_plain_mean_that_every_server_computes(tmp_path):
+    model, out = tiny(template="endoftext", include_prompt=True), tmp_path / "out"
+    model.save(out)
+    kinds = [module["type"] for module in json.loads((out / "modules.json").read_text())]
     assert [kind.rpartition(".")[2] for kind in kinds] == ["Transformer", "Pooling"]
-    config, tokens = (
-        json.loads((tmp_path / "out" / f"{name}.json").read_text())
-        for name in ("config", "tokenizer_config")
-    )
-    assert (config["bos_token_id"], config["eos_token_id"]) == (0, config["pad_token_id"])
-    assert config["use_bidirectional_attention"] and "rope_scaling" not in config
-    assert (tokens["bos_token"], tokens["add_bos_token"]) == ("<|endoftext|>", True)
-    again = LLM2Vec.from_pretrained(tmp_path / "out")
-    assert again.decoder.config == model.decoder.config
+    assert not (out / "1_WordWeights").exists()
+    again = LLM2Vec.from_pretrained(out)
+    assert again.include_prompt and again.decoder.config == model.decoder.config
     np.testing.assert_array_equal(again.encode(["a text"]), model.encode(["a text"]))
 
 
-def test_a_template_is_not_put_on_another(tmp_path, mistral):
-    for template in ("mistral", ("", " and more"), ("one", "")):
+def test_a_template_is_refused_by_name_or_where_there_is_one(tmp_path, mistral):
+    refused("template 'gpt'", LLM2Vec.from_pretrained, TINY, template="gpt")
+    refused("tokenizer.json: .*endoftext", load_tokenizer, mistral, ("<|endoftext|>", ""))
+    for template in ("mistral", ("", " and more")):
         load_tokenizer(mistral, template).save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(ValueError, match="has a template already"):
-            load_tokenizer(tmp_path, "mistral")
-    tokenizer = load_tokenizer(mistral, "mistral")
-    names = {"[OPEN]": tokenizer.encode("a").ids[:4], "[CLOSE]": [28793]}  # of earlier versions
-    tokenizer.post_processor = TemplateProcessing(
-        single="[OPEN] $A [CLOSE]",
-        special_tokens=[
-            {"id": name, "ids": ids, "tokens": [tokenizer.id_to_token(i) for i in ids]}
-            for name, ids in names.items()
-        ],
-    )
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="has a template already"):
-        load_tokenizer(tmp_path, "mistral")
-    assert load_tokenizer(tmp_path).encode("a").ids[:4] == names["[OPEN]"]
+        refused("has a template already", load_tokenizer, tmp_path, "mistral")
 
 
 def test_what_starts_every_text_starts_it_once(tmp_path, mistral):
@@ -465,9 +380,9 @@ def test_a_text_around_every_text_is_given_by_flags_too(command, tmp_path):
     (tmp_path / "t.txt").write_text("\n".join(texts))
     flags = ["--input", "t.txt", "--output", "v.npy", "--causal", "--pooling", "last"]
     around = ["--before", 'This sentence : "', "--after", '" means in one word:"']
+    model = tiny(6, template=TEMPLATES["one-word"], is_causal=True, pooling="last")
     for how in (["--template", "endoftext", *around], ["--template", "one-word"]):
         assert command("encode", "--model", TINY, *flags, *how, main=llm2vec.main)[0] == 0
-        model = tiny(6, template=TEMPLATES["one-word"], is_causal=True, pooling="last")
         np.testing.assert_allclose(np.load(tmp_path / "v.npy"), model.encode(texts), atol=1e-5)
 
 
@@ -484,18 +399,20 @@ def test_several_tokens_after_every_text_go_to_sentence_transformers_with_its_la
     assert pool["pooling_mode_lasttoken"] and pool["include_prompt"]
 
 
-def test_what_ends_every_text_ends_it_behind_a_template_too(tmp_path):
+def test_what_ends_every_text_ends_it_after_a_template_too(tmp_path):
     tokenizer = load_tokenizer(TINY)
-    tokenizer.post_processor = TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
-    )
+    end = {"single": "$A <|im_end|>", "special_tokens": [("<|im_end|>", 2)]}
+    tokenizer.post_processor = TemplateProcessing(**end)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    model = LLM2Vec.from_pretrained(TINY)
+    model = tiny()
     model.tokenizer = load_tokenizer(tmp_path, "endoftext")
     ids = model.tokenizer.encode("a").ids
     assert (ids[0], ids[-1], len(ids)) == (0, 2, 3)
     model.save(tmp_path / "out")
-    tokens = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    tokens, config = (
+        json.loads((tmp_path / "out" / name).read_text())
+        for name in ("tokenizer_config.json", "config.json")
+    )
     assert tokens["add_bos_token"] and tokens["add_eos_token"]
     assert (tokens["bos_token"], tokens["eos_token"]) == ("<|endoftext|>", "<|im_end|>")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 2)

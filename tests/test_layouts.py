@@ -31,27 +31,34 @@ def json_lines(rows: list) -> str:
 
 WRITERS = {
     "a.jsonl": json_lines,
+    "a.jsonl.gz": json_lines,
     "a.ndjson": lambda rows: "\ufeff" + json_lines(rows),
     "a.json": lambda rows: "\n" + json_lines(rows),
     "array.json": lambda rows: json.dumps(rows, indent=1),
-    "array.jsonl": lambda rows: "\ufeff " + json.dumps(rows),
+    "array.jsonl.gz": lambda rows: "\ufeff " + json.dumps(rows),
     "a.csv": lambda rows: table(rows, ","),
-    "A.CSV": lambda rows: "\ufeff" + table(rows, ","),
+    "A.CSV.gz": lambda rows: "\ufeff" + table(rows, ","),
     "a.tsv": lambda rows: table(rows, "\t"),
 }
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
-    content = content.encode() if isinstance(content, str) else content
-    (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    """A file with these bytes; or with this text, compressed if its name says so."""
+    if isinstance(content, str):
+        content = content.encode()
+        content = gzip.compress(content) if name.endswith(".gz") else content
+    (folder / name).write_bytes(content)
     return folder / name
 
 
-@pytest.mark.parametrize("gz", ["", ".gz"])
+# --- Texts -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_corpus_in_each_kind_is_that_of_json_lines(name, gz, tmp_path, monkeypatch):
+def test_a_corpus_of_each_kind_is_that_of_json_lines(name, tmp_path, monkeypatch):
+    """Of a file, of its folder, and of several processes that share its records."""
     records = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)]
-    file = write(tmp_path, name + gz, WRITERS[name](records))
+    file = write(tmp_path, name, WRITERS[name](records))
     assert read_documents(file) == read_documents(tmp_path) == TEXTS
     assert list(read_records(str(file))) == records
     monkeypatch.setattr(files, "WORLD_SIZE", 4)
@@ -62,36 +69,18 @@ def test_a_corpus_in_each_kind_is_that_of_json_lines(name, gz, tmp_path, monkeyp
     assert joined == records
 
 
-def test_strings_are_records_too(tmp_path):
-    for name, content in (("a.json", json.dumps(TEXTS)), ("a.jsonl", json_lines(TEXTS))):
+def test_strings_are_records_too_and_blank_ones_no_documents(tmp_path):
+    rows = [*TEXTS, "", " "]
+    for name, content in (("a.json", json.dumps(rows)), ("a.jsonl", json_lines(rows))):
         assert read_documents(write(tmp_path, name, content)) == TEXTS
 
 
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("a.csv", "sent0,sent1\na,b\n", "a.csv, line 2: .*sent0, sent1"),
-        ("a.csv", "text\nHello, world\n", "a.csv, line 2: 2 columns, where the header names 1"),
-        ("a.csv", "text,text\na,b\n", "a.csv, line 1: 2 columns, where the header names 1"),
-        ("a.tsv", 'id\ttext\n1\t"a\n2\tb\n', "a.tsv, line 3: unexpected end"),
-        ("a.csv", b"text\nfine\nlatin \xe9\n", "a.csv, line 3: .*utf-8"),
-        ("a.json", '[{"text": "a"}, {"title": "b"}]', "a.json, item 2: .*`text`; it has title"),
-        ("a.json", '{\n "text": "a"\n}', "a.json, line 1: expected a JSON object on each line"),
-        ("a.json", '[{"text": "a"},', "a.json: expected .* one array"),
-        ("a.txt", '\n {"text": "a"}\n', "a.txt: looks like JSON lines: rename it to .jsonl"),
-        ("corpus", '[\n {"text": "a"}\n]', "corpus: looks like JSON lines"),
-        ("a.md", b"PK\x03\x04\0\0", "a.md: is not text"),
-        ("a.pdf", b"%PDF-1.7\n1 0 obj\n", "a.pdf: is not text"),
-        ("a.txt", "UTF-16".encode("utf-16-le"), "a.txt: is not text"),
-        ("a.parquet", b"PAR1\xff", r"a.parquet: .*\"import pandas; pandas.*to_json\('.*a.jsonl"),
-        ("a.arrow", b"ARROW1\0", r"a.arrow: .* datasets.Dataset.from_file\('"),
-        ("a.parquet", None, "a.parquet: no such file"),
-    ],
-)
-def test_what_is_no_text_is_refused_by_name(name, content, said, tmp_path):
-    file = tmp_path / name if content is None else write(tmp_path, name, content)
-    refused(said, read_documents, file)
-    refused(said, lambda: list(read_records(str(file))))
+def test_a_folder_is_its_corpora_in_the_order_of_their_names(tmp_path):
+    for name, content in (("b.txt", "two"), ("a.txt.gz", "one"), ("notes.md", "no corpus")):
+        write(tmp_path, name, content)
+    assert read_documents(tmp_path) == ["one", "two"]
+    (tmp_path / "empty").mkdir()
+    refused("empty: an empty corpus", read_documents, tmp_path / "empty")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a"])
@@ -102,11 +91,42 @@ def test_other_files_hold_a_text_a_line(name, tmp_path):
     assert [record["text"] for record in read_records(str(file))] == lines
 
 
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.csv", "sent0,sent1\na,b\n", "line 2: .*sent0, sent1"),
+        ("a.csv", "text\nHello, world\n", "line 2: 2 columns"),
+        ("a.csv", "text,text\na,b\n", "line 1: 2 columns"),
+        ("a.tsv", 'id\ttext\n1\t"a\n2\tb\n', "line 3"),
+        ("a.csv", b"text\nfine\nlatin \xe9\n", "line 3: .*utf-8"),
+        ("a.txt", b"fine\n\xff\n", "line 2: .*utf-8"),
+        ("a.json", '[{"text": "a"}, {"title": "b"}]', "item 2: .*`text`; it has title"),
+        ("a.json", '{\n "text": "a"\n}', "line 1"),
+        ("a.json", '[{"text": "a"},', "one array"),
+        ("a.txt", '\n {"text": "a"}\n', ".jsonl"),
+        ("corpus", '[\n {"text": "a"}\n]', "JSON lines"),
+        ("a.md", b"PK\x03\x04\0\0", "not text"),
+        ("a.pdf", b"%PDF-1.7\n1 0 obj\n", "not text"),
+        ("a.txt", "UTF-16".encode("utf-16-le"), "not text"),
+        ("a.jsonl", '\ufeff{"text": "one"}\n'.encode("utf-16-le"), "UTF-16"),
+        ("a.jsonl", '\ufeff{"text": "one"}\n'.encode("utf-16-be"), "UTF-16"),
+        ("a.txt.gz", b"not compressed", ""),
+        ("a.parquet", b"PAR1\xff", r"import pandas.*a.jsonl"),
+        ("a.arrow", b"ARROW1\0", r"datasets.Dataset.from_file\('"),
+        ("a.parquet", None, "no such file"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(name, content, said, tmp_path):
+    file = tmp_path / name if content is None else write(tmp_path, name, content)
+    refused(f"{name}.*{said}", read_documents, file)
+    refused(f"{name}.*{said}", lambda: list(read_records(str(file))))
+
+
 def test_records_without_text_are_skipped_in_tables_and_arrays_too(tmp_path, capsys):
-    for name, content in (("a.csv", b"text\na\n\xff\n"), ("a.json", b'["a", {}]')):
+    for name, content, place in (("a.csv", b"text\na\n\xff\n", "3"), ("a.json", b'["a", {}]', "2")):
         assert read_documents(write(tmp_path, name, content), errors="skip") == ["a"]
-        place = "line 3" if name == "a.csv" else "item 2"
-        assert f"{name}: skipped 1 lines, the first of them {place}" in capsys.readouterr().err
+        assert f"{name}: skipped 1 lines, the first of them" in (said := capsys.readouterr().err)
+        assert said.split()[-1] == place
 
 
 # --- Pairs -------------------------------------------------------------------------------------
@@ -136,14 +156,14 @@ LAYOUTS = {  # what makes a row of a query, a positive and two negatives
         {"sentence1": q, "sentence2": p, "neg_1": n[0], "neg_2": n[1], "score": 1.0}
     ),
 }
-TABLES = [("sentence-transformers", "a.csv"), ("SimCSE", "a.csv"), ("SimCSE", "a.tsv.gz")]
-KINDS = ["a.jsonl", "a.json", "array.json", "a.ndjson.gz"]
+CASES = [(layout, "a.jsonl") for layout in LAYOUTS] + [("ours", name) for name in WRITERS][1:6]
+CASES += [("sentence-transformers", "a.csv"), ("SimCSE", "a.tsv"), ("SimCSE", "A.CSV.gz")]
 
 
-@pytest.mark.parametrize("layout, name", [(x, name) for x in LAYOUTS for name in KINDS] + TABLES)
+@pytest.mark.parametrize("layout, name", CASES)
 def test_pairs_in_each_layout_are_those_of_ours(layout, name, tmp_path, capsys):
     rows = [LAYOUTS[layout](p["query"], p["positive"], p["negatives"]) for p in PLAIN]
-    file = write(tmp_path, name, WRITERS[name.removesuffix(".gz")](rows))
+    file = write(tmp_path, name, WRITERS[name](rows))
     assert read_pairs([file]) == read_pairs([tmp_path]) == [PLAIN]
     said = f"{file}: 2 pairs, 4 negatives, 0 with an instruction\n"
     assert capsys.readouterr().err == 2 * said
@@ -152,13 +172,11 @@ def test_pairs_in_each_layout_are_those_of_ours(layout, name, tmp_path, capsys):
 def test_each_of_several_positives_makes_a_pair_with_all_negatives(tmp_path, capsys):
     titled = {"docid": "7", "title": "Title", "text": "a"}
     row = {"query": "q", "pos": ["a", " ", titled], "neg": ["n"], "prompt": "Find:", "id": 1}
-    row |= {"pos_scores": [1, 1, 1], "instructon": "x"}
-    [pairs] = read_pairs([write(tmp_path, "a.jsonl", json_lines([row, row]))])
+    [pairs] = read_pairs([write(tmp_path, "a.jsonl", json_lines([row, row | {"instructon": "x"}]))])
     assert [p["positive"] for p in pairs] == 2 * ["a", "Title a"]
     assert {(p["query"], *p["negatives"], p["instruction"]) for p in pairs} == {("q", "n", "Find:")}
     said = capsys.readouterr().err
-    for words in ("4 pairs, 4 negatives, 4 with", "id, pos_scores, instructon", "left out 2 pairs"):
-        assert words in said
+    assert "id, instructon" in said and "left out 2 pairs" in said
 
 
 def test_blanks_are_left_out_and_counted(tmp_path, capsys):
@@ -173,27 +191,49 @@ def test_blanks_are_left_out_and_counted(tmp_path, capsys):
         assert words in said
 
 
+def test_a_pair_has_its_own_instruction_or_else_that_of_its_path(tmp_path):
+    plain, led = {"query": "a", "positive": "b"}, {"query": "a", "positive": "b", "prompt": "Own:"}
+    one = write(tmp_path, "one.jsonl", json_lines([plain, led]))
+    two = write(tmp_path, "two.jsonl", json_lines([led, plain]))
+    for paths, instructions, expected in (
+        ([tmp_path], ["All:"], [["All:", "Own:"], ["Own:", "All:"]]),
+        ([two, one], ["2:", "1:"], [["Own:", "2:"], ["1:", "Own:"]]),
+    ):
+        found = read_pairs(paths, instructions)
+        assert [[pair["instruction"] for pair in pairs] for pairs in found] == expected
+
+
 @pytest.mark.parametrize(
     "row, said",
     [
-        ({"label": 0}, "`label` is 0, .*leave such rows out"),
+        ({"label": 0}, "`label` is 0"),
         ({"label": False}, "`label` is False"),
         ({"label": "neutral"}, "`label` is 'neutral'"),
         ({"score": 3.8}, "`score` is 3.8"),
         ({"anchor": "q"}, "`anchor` is a second query"),
-        ({"query": ["Find:", "q"]}, "`query`: expected a string"),
-        ({"prompt": {"role": "user"}}, "`prompt`: expected a string"),
-        ({"pos_passages": ["p"], "positive": None}, "expected a positive, named .*pos_passages"),
-        ({"negative_passages": [{"docid": "3"}]}, "`negative_passages`: expected a string"),
-        ({"negatives": [None]}, "`negatives`: expected a string"),
+        ({"query": ["Find:", "q"]}, "`query`"),
+        ({"query": None}, "query"),
+        ({"query": "\ud800"}, ""),
+        ({"prompt": {"role": "user"}}, "`prompt`"),
+        ({"positive": 3}, "`positive`"),
+        ({"pos_passages": ["p"], "positive": None}, "expected a positive, .*pos_passages"),
+        ({"negative_passages": [{"docid": "3"}]}, "`negative_passages`"),
+        ({"negatives": [None]}, "`negatives`"),
+        ({"negative": {"c": 1}}, "`negative`"),
+        (["a", "b"], ""),
+        ("a", ""),
     ],
 )
 def test_a_row_that_is_no_pair_is_named(row, said, tmp_path):
     good = {"query": "q", "positive": "p"}
-    file = write(tmp_path, "a.jsonl", json_lines([good, good | row]))
+    row = good | row if isinstance(row, dict) else row
+    file = write(tmp_path, "a.jsonl", json_lines([good, row]))
     refused(f"a.jsonl, line 2: .*{said}", read_pairs, [file])
 
 
-def test_lists_in_a_table_are_named(tmp_path):
+def test_files_without_pairs_are_named(tmp_path):
+    refused(r"no \.jsonl", read_pairs, [tmp_path])
+    file = write(tmp_path, "a.jsonl", '{"query": "a", "positive": "b"}\n')
+    refused("a.jsonl: fewer than two pairs", read_pairs, [file])
     file = write(tmp_path, "a.csv", "query,pos\nq,\"['p', 'x']\"\n")
     refused("a.csv, line 2: .*JSON lines", read_pairs, [file])

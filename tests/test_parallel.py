@@ -12,7 +12,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, log_of
+from helpers import ROOT, TINY, log_of, refused
 from safetensors.torch import load_file
 
 import llm2vec
@@ -90,51 +90,43 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
     assert newest(folder) >= saved + 50 and steps == list(range(40, steps[-1] + 1, 40)), errors
 
 
-@pytest.mark.parametrize("ranks, count", [(2, 23), (3, 2)])
-def test_parts_of_a_file_joined_are_the_file_of_one_process(ranks, count, tmp_path, monkeypatch):
-    """Even where there are more processes than texts."""
-    encoder = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
-    texts = [f"Text number {i}" + " and so on" * (i % 7) for i in range(count)]
-    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
-    monkeypatch.setattr(files, "WORLD_SIZE", ranks)
-    for rank in range(ranks):
-        monkeypatch.setattr(files, "RANK", rank)
-        for output in ("v.npy", "v.jsonl"):
-            files.encode_file(encoder, str(tmp_path / "texts.txt"), str(tmp_path / output))
-    names = [f"v-{rank:05d}-of-{ranks:05d}" for rank in range(ranks)]
-    joined = np.concatenate([np.load(tmp_path / f"{name}.npy") for name in names])
+def assert_joined(folder: Path, encoder: LLM2Vec, texts: list[str], processes: int) -> None:
+    parts = sorted(folder.glob(f"v-*-of-{processes:05d}.npy"))
+    assert len(parts) == processes and len(list(folder.iterdir())) == 1 + processes
+    joined = np.concatenate([np.load(part) for part in parts])
     np.testing.assert_allclose(joined, encoder.encode(texts), atol=1e-5)
-    lines = "".join((tmp_path / f"{name}.jsonl").read_text() for name in names).splitlines()
-    assert [json.loads(line)["text"] for line in lines] == texts
-    assert len(list(tmp_path.iterdir())) == 1 + 2 * ranks
 
 
-def test_a_part_with_a_bad_line_is_not_written_and_the_line_is_named(tmp_path, monkeypatch):
-    encoder, source = LLM2Vec.from_pretrained(TINY), tmp_path / "texts.txt"
-    source.write_bytes(b"one\ntwo\nthree\n\xff\n")
-    monkeypatch.setattr(files, "WORLD_SIZE", 2)
-    files.encode_file(encoder, str(source), str(tmp_path / "v.npy"))
-    monkeypatch.setattr(files, "RANK", 1)
-    with pytest.raises(ValueError, match=r"texts.txt, line 4: .*utf-8"):
-        files.encode_file(encoder, str(source), str(tmp_path / "v.npy"))
-    with pytest.raises(ValueError, match="- is for one process"):
-        files.encode_file(encoder, "-", str(tmp_path / "v.npy"))
-    left = sorted(file.name for file in tmp_path.iterdir())
-    assert left == ["texts.txt", "v-00000-of-00002.npy"]
+def test_parts_of_a_file_joined_are_the_file_of_one_process(encoder, tmp_path, monkeypatch):
+    """Even where there are more processes than texts."""
+    (tmp_path / "texts.txt").write_text("Text one.\nAnd a second one.")
+    monkeypatch.setattr(files, "WORLD_SIZE", 3)
+    for rank in range(3):
+        monkeypatch.setattr(files, "RANK", rank)
+        files.encode_file(encoder, str(tmp_path / "texts.txt"), str(tmp_path / "v.npy"))
+    assert_joined(tmp_path, encoder, ["Text one.", "And a second one."], 3)
 
 
 @pytest.mark.slow
-def test_real_processes_write_the_parts_of_a_file(tmp_path):
+def test_real_processes_write_the_parts_of_a_file(encoder, tmp_path):
     texts = [f"Text number {i}" for i in range(23)]
-    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
     args = ("--model", TINY, "--input", tmp_path / "texts.txt", "--output", tmp_path / "v.npy")
     job = torchrun(ROOT / "llm2vec.py", "encode", *args)
     _, errors = job.communicate(timeout=240)
     assert job.returncode == 0, errors[-2000:]
-    joined = np.concatenate([np.load(part) for part in sorted(tmp_path.glob("v-*.npy"))])
-    expected = LLM2Vec.from_pretrained(TINY).encode(texts)
-    np.testing.assert_allclose(joined, expected, atol=1e-5)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert_joined(tmp_path, encoder, texts, 2)
+
+
+def test_a_part_with_a_bad_line_is_named_and_not_written(encoder, tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_bytes(b"one\ntwo\nthree\n\xff\n")
+    args = [encoder, str(tmp_path / "texts.txt"), str(tmp_path / "v.npy")]
+    monkeypatch.setattr(files, "WORLD_SIZE", 2)
+    files.encode_file(*args)
+    monkeypatch.setattr(files, "RANK", 1)
+    refused("texts.txt, line 4: .*utf-8", files.encode_file, *args)
+    refused("- is for one process", files.encode_file, encoder, "-", "v.npy")
+    assert {file.name for file in tmp_path.iterdir()} == {"texts.txt", "v-00000-of-00002.npy"}
 
 
 def test_each_process_loads_its_model_onto_its_own_gpu(monkeypatch):
