@@ -1,0 +1,243 @@
+"""What a run trains on, what it draws at each step, and what it does with a gradient."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora
+import train
+from llm2vec import LLM2Vec
+from llm2vec_data import benchmarks
+from llm2vec_data.corpus import split_documents
+from llm2vec_data.runs import RunFolder
+from train import STAGES, Settings
+
+TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
+DOCUMENTS = [f"Document number {i} says that {i} is a number." for i in range(200)]
+ADAPTER = "adapter_model.safetensors"
+
+
+def tiny(layers: int = 1) -> LLM2Vec:
+    model = LLM2Vec.from_pretrained(TINY, dtype=torch.float32)
+    del model.decoder.layers[layers:]
+    return model
+
+
+def go(stage: str, folder: Path, model: LLM2Vec | None = None, **changes) -> LLM2Vec:
+    model = model or tiny()
+    changes = {"steps": 2, "batch": 4, "length": 16} | changes
+    settings = replace(STAGES[stage].presets["tiny"], **changes)
+    STAGES[stage].run(model, DOCUMENTS, settings, folder)
+    return model
+
+
+def fit(folder: Path, backward: Callable, model: LLM2Vec | None = None, **changes) -> LLM2Vec:
+    """The loop, on the numbers from 0 to 7 and the gradients that `backward` leaves."""
+    model, settings = model or tiny(), Settings(**{"batch": 2, "steps": 4, "lr": 0.1} | changes)
+    train.fit(model, [range(8)], lambda batch, step: (backward(model, step), 1), settings, folder)
+    return model
+
+
+# --- What is trained on ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse", None])
+def test_no_stage_reads_a_document_that_is_held_out(stage, tmp_path, monkeypatch):
+    """Nor do all of them in order, which score what they have not read."""
+    (tmp_path / "corpus.txt").write_text("\n".join(DOCUMENTS))
+    learn, held_out = split_documents(DOCUMENTS)
+    read, scored = [], []
+
+    def fit(model, datasets, backward, settings, folder):
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text('{"seconds": 0}\n')
+
+    for name in ("mntp", "simcse"):
+        task = lambda model, documents, _: read.append(documents) or ([], None)  # noqa: E731
+        monkeypatch.setitem(STAGES, name, STAGES[name]._replace(task=task))
+    monkeypatch.setattr(train, "fit", fit)
+    seen = lambda _, documents, *__: scored.append(documents) or {"STS": 0.5}  # noqa: E731
+    monkeypatch.setattr(benchmarks, "evaluate", seen)
+    line = ["train.py", *([stage, "--model", str(TINY)] if stage else [])]
+    line += ["--corpus", str(tmp_path / "corpus.txt"), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", line)
+    train.main()
+    assert held_out and read == [learn] * (1 if stage else 2)
+    assert scored == [] if stage else all(texts == held_out for texts in scored) and scored
+
+
+def test_documents_are_cut_into_blocks_in_an_order_that_the_seed_draws():
+    """All of them with --epochs, whatever --steps is; else as many as the steps read."""
+    model, how = tiny(), {"length": 8, "batch": 3, "steps": 2}
+    n = sum(len(e.ids) for e in model.tokenizer.encode_batch(DOCUMENTS)) // 8
+    orders = []
+    for seed in (0, 0, 1):
+        blocks = train.blocks_of(model, DOCUMENTS, Settings(**how, epochs=1, seed=seed))
+        assert blocks.shape == (n, 8)
+        text = model.tokenizer.decode(blocks.flatten().tolist())
+        orders.append(sorted(filter(text.__contains__, DOCUMENTS), key=text.index))
+        assert len(orders[-1]) >= 199, "the end of the last may be left over"
+    assert orders[0] == orders[1] != orders[2], "as the seed says"
+    assert DOCUMENTS[:199] not in [order[:199] for order in orders], "which is not the file's"
+    assert torch.equal(train.blocks_of(model, DOCUMENTS, Settings(**how, seed=1)), blocks[:6])
+
+
+def test_texts_of_exactly_the_length_are_not_cut(tmp_path, capsys):
+    lengths = sorted(len(e.ids) for e in tiny().tokenizer.encode_batch(DOCUMENTS))
+    for length in (lengths[-1], lengths[-1] - 1):
+        go("simcse", tmp_path / str(length), length=length, steps=1)
+        cut = sum(n > length for n in lengths) / len(lengths)
+        said = f"and at most {lengths[-1]}; {cut:.1%} are cut at --length {length}"
+        assert said in capsys.readouterr().out
+
+
+# --- What is drawn -----------------------------------------------------------------------------
+
+
+def test_the_numbers_of_a_step_follow_from_its_number_and_the_seed(tmp_path):
+    drawn = []
+
+    def backward(model: LLM2Vec, step: int) -> float:
+        drawn[-1].append(torch.rand(4).tolist())
+        return 0.0 * step
+
+    for i, (seed, steps) in enumerate([(0, 4), (0, 4), (1, 4)]):
+        drawn.append([])
+        fit(tmp_path / str(i), backward, seed=seed, steps=steps)
+    assert drawn[0] == drawn[1]
+    assert len({str(numbers) for step in (*drawn[0], *drawn[2]) for numbers in [step]}) == 8
+
+
+def test_masks_and_dropout_differ_by_step_and_processes_share_masks_alone(monkeypatch):
+    """All rows are masked as by one process, and shared out."""
+    settings = STAGES["mntp"].presets["tiny"].for_model(tiny())
+    [data], backward = train.mntp(tiny(), DOCUMENTS, replace(settings, batch=8, length=16))
+    seen, loss = {}, torch.zeros((), requires_grad=True)
+
+    def record(_, masked, ids, chosen, total):
+        seen[key] = masked, torch.rand(4)
+        return loss * 1
+
+    monkeypatch.setattr(train, "mntp_loss", record)
+    for key in [(1, 0, 5), (1, 0, 6), (2, 0, 5), (2, 1, 5)]:
+        processes, rank, step = key
+        monkeypatch.setattr(train, "WORLD_SIZE", processes)
+        monkeypatch.setattr(train, "RANK", rank)
+        backward(list(data[:8]), step)
+    (alone, dropout), (other, later), (first, _), (second, elsewhere) = seen.values()
+    assert not torch.equal(alone, other), "each step has a mask of its own"
+    assert torch.equal(torch.stack([first, second], dim=1).flatten(0, 1), alone)
+    assert len({str(numbers) for numbers in (dropout, later, elsewhere)}) == 3
+
+
+def test_parts_and_processes_have_dropout_of_their_own(monkeypatch):
+    """Two views of a text differ, though each is a part by itself."""
+    model = tiny(2)
+    lora.add_lora(model.decoder, dropout=0.5)
+    for module in lora.adapted(model).values():
+        torch.nn.init.normal_(module.lora_B.weight)
+    rows, seen = 2 * model.train().rows(["A man plays a guitar."]), []
+
+    def loss_of(vectors: torch.Tensor) -> torch.Tensor:
+        seen.append(vectors.detach().clone())
+        return vectors.sum()
+
+    torch.manual_seed(0)
+    train.gradcache(model, rows, loss_of, [[0], [1]])
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda vectors: None)
+    for part in ([0], [1]):
+        torch.manual_seed(0)
+        train.gradcache(model, rows, loss_of, [part])
+    views, first, second = seen
+    assert not torch.allclose(*views, atol=0.01)
+    assert torch.equal(first[0], views[0]) and torch.equal(second[1], views[1])
+    assert not first[1].any() and not second[0].any(), "what the other one computes"
+
+
+def test_dropout_is_on_in_every_step_also_after_a_score(tmp_path, monkeypatch):
+    in_training = []
+
+    def backward(model: LLM2Vec, step: int) -> float:
+        in_training.append((model.training, model.decoder.layers[0].mlp.up_proj.training))
+        return 0.0
+
+    monkeypatch.setattr(train, "dev_score", lambda model, _: float(model.encode(["a"]).sum()))
+    fit(tmp_path, backward, dev="scores.tsv", save_every=1)
+    assert in_training == 4 * [(True, True)]
+
+
+# --- What is done with a gradient --------------------------------------------------------------
+
+
+def test_a_step_is_adams_on_gradients_cut_to_norm_1_and_nothing_decays(tmp_path):
+    """In closed form: gradients of norm 50, then 0.5, and then none."""
+    start, norms = {}, [50.0, 0.5, 0.0]
+
+    def backward(model: LLM2Vec, step: int) -> float:
+        trained = lora.trained(model)
+        if step == 0:
+            start.update({name: p.detach().clone() for name, p in trained.items()})
+        n = sum(p.numel() for p in trained.values())
+        for p in trained.values():
+            assert p.grad is None or not p.grad.any(), "nothing is left of the step before"
+            p.grad = torch.full_like(p, norms[step] / n**0.5)
+        return 1.0
+
+    fit(tmp_path, backward, steps=3)
+    n, m, v, moved = sum(p.numel() for p in start.values()), 0.0, 0.0, 0.0
+    for t, g in enumerate([1 / n**0.5, 0.5 / n**0.5, 0.0], start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        lr = 0.1 * (3 - (t - 1)) / 3
+        moved += lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8)
+    state = load_file(tmp_path / ADAPTER)
+    for name, weight in start.items():
+        found = state[name.replace("decoder.", "base_model.model.")]
+        torch.testing.assert_close(found, weight - moved, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_never_stepped_on(bad, tmp_path):
+    """Though the loss is finite; what is saved is from before that step."""
+    before = {}
+
+    def backward(model: LLM2Vec, step: int) -> float:
+        for name, p in lora.trained(model).items():
+            before[name], p.grad = p.detach().clone(), torch.ones_like(p)
+        p.grad.view(-1)[0] = bad if step == 2 else 1.0
+        return 1.0
+
+    with pytest.raises(ValueError, match="step 3: .* norm of the gradient"):
+        fit(tmp_path, backward)
+    [file] = tmp_path.glob("state-*")
+    state = load_file(file)
+    assert all(torch.equal(state[name], p) for name, p in before.items())
+
+
+# --- What is kept of a run ---------------------------------------------------------------------
+
+
+def test_a_run_is_another_with_another_tokenizer_and_not_with_another_save_every(tmp_path, capsys):
+    go("simcse", tmp_path, save_every=50)
+    go("simcse", tmp_path, save_every=1)
+    assert "finished before" in capsys.readouterr().out
+    model = tiny()
+    model.tokenizer.add_special_tokens(["<|of no text|>"])
+    with pytest.raises(ValueError, match="tokenizer was"):
+        go("simcse", tmp_path, model)
+
+
+def test_a_line_of_the_log_has_the_mean_loss_since_the_line_before(tmp_path):
+    run = RunFolder(tmp_path, Settings(steps=400), {}, lambda: 0.0)
+    run.restore({}, torch.optim.SGD([torch.zeros(1)]))
+    for step in range(1, 401):
+        run.log(step, loss=step, lr=0.5, tokens=7)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [line["step"] for line in lines] == list(range(4, 401, 4)), "a hundred lines"
+    assert [line["loss"] for line in lines] == [step - 1.5 for step in range(4, 401, 4)]
