@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 import llm2vec
 from llm2vec import POOLING, Config, Decoder, LLM2Vec, prompt_prefix, rotary_table, tokenize
 from llm2vec_data.checkpoints import find_checkpoint
+from llm2vec_data.encode import count_cut
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 
 pytest_plugins = ["local_hub"]
@@ -343,3 +345,83 @@ def test_a_word_is_the_mean_of_its_tokens_states():
     states = model.decoder(torch.tensor([ids]))[0].detach().numpy()
     np.testing.assert_allclose(found, [states[:n].mean(0), states[n:].mean(0)], atol=1e-5)
     assert n > 1
+
+
+# --- What config.json leaves out, and numbers that nothing can be done with ----------------------
+
+
+@pytest.mark.parametrize(
+    "family, fields",
+    [  # of transformers' configuration classes
+        ("llama", {"sliding_window": None, "tie_word_embeddings": False, "rope_theta": 1e4}),
+        ("mistral", {"num_key_value_heads": 8, "sliding_window": 4096, "head_dim": 4}),
+        ("qwen2", {"num_key_value_heads": 32, "sliding_window": None, "qkv_bias": True}),
+        ("qwen3", {"num_key_value_heads": 32, "head_dim": 128, "qk_norm": True}),
+        ("smollm3", {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}),
+    ],
+)
+def test_a_silent_config_means_the_defaults_of_its_family(family, fields, tmp_path):
+    shape = {"vocab_size": 9, "hidden_size": 256, "intermediate_size": 9, "num_hidden_layers": 30}
+    raw = shape | {"model_type": family, "num_attention_heads": 64}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = Config.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in fields} == fields
+    if family == "smollm3":  # every fourth layer is without rotary positions
+        assert config.no_rope_layers == [1, 1, 1, 0] * 7 + [1, 1]
+    if family.startswith("qwen"):  # the window, where it is used, is that of the layers from 28
+        change(tmp_path / "config.json", use_sliding_window=True)
+        config = Config.from_pretrained(tmp_path)
+        assert config.sliding_window == 4096
+        assert config.layer_types == ["full_attention"] * 28 + ["sliding_attention"] * 2
+
+
+@pytest.mark.parametrize("factor", [0, -1])
+def test_a_scaling_factor_that_nothing_can_be_divided_by_is_named(factor, folder):
+    change(folder / "config.json", rope_scaling={"rope_type": "linear", "factor": factor})
+    with pytest.raises(ValueError, match=f"config.json: factor is {factor}"):
+        Config.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_number_that_is_not_finite_is_enough_to_refuse_a_tensor(bad, folder):
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][3] = bad
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight holds NaN or infinity"):
+        Decoder.from_pretrained(folder)
+
+
+# --- Encoding ----------------------------------------------------------------------------------
+
+
+def test_an_encoder_in_training_encodes_without_dropout(folder):
+    model = LLM2Vec.from_pretrained(folder)
+    expected = model.encode(TEXTS)
+    model.decoder.config.attention_dropout = 0.9
+    assert np.array_equal(model.train().encode(TEXTS), expected)
+
+
+def test_a_text_of_exactly_the_most_tokens_is_not_cut(folder):
+    model = LLM2Vec.from_pretrained(folder)
+    lengths = sorted(len(ids) for ids, _ in model.rows(TEXTS))
+    counts = []
+    for model.max_length in (lengths[1], lengths[1] - 1, lengths[0], lengths[0] - 1):
+        counts.append(count_cut(model, TEXTS, None))
+    assert counts == [0, 1, 1, 2]
+
+
+def test_a_word_in_front_of_every_text_weighs_in_a_text_what_others_do(folder, tmp_path):
+    """Only a token that no text can hold has the weight 0 in an export."""
+    model, out = LLM2Vec.from_pretrained(folder), tmp_path / "out"
+    weights = out / "1_WordWeights" / "config.json"
+    model.save(out)
+    assert weights.exists(), "of BOS"
+    word = model.tokenizer.encode("the").tokens[-1]
+    template = {
+        "single": f"{word} $A",
+        "special_tokens": [(word, model.tokenizer.token_to_id(word))],
+    }
+    model.tokenizer.post_processor = TemplateProcessing(**template)
+    model.save(out)
+    assert not weights.exists()
+    assert np.array_equal(LLM2Vec.from_pretrained(out).encode(TEXTS), model.encode(TEXTS))

@@ -160,3 +160,32 @@ def test_a_broken_adapter_is_named_and_changes_no_model(spoil, said, tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
         load_adapter(decoder, tmp_path)
+
+
+def test_the_adapter_of_an_unfinished_run_adds_what_it_added_there(tmp_path, capsys):
+    """And a second one is not put over it."""
+    trained, decoder = with_adapters(alpha=5, dropout=0.5), small_decoder().float()
+    save_adapter(trained, tmp_path)
+    (tmp_path / "log.jsonl").touch()
+    load_adapter(decoder, tmp_path)
+    assert "not finished" in capsys.readouterr().err
+    torch.testing.assert_close(decoder(IDS), trained(IDS), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="already"):
+        load_adapter(decoder, tmp_path)
+    torch.testing.assert_close(decoder(IDS), trained(IDS), atol=1e-6, rtol=0)
+
+
+REFUSED = ["use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"]
+REFUSED += ["alora_invocation_tokens", "layer_replication", "trainable_token_indices"]
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_peft_has_and_this_has_not_is_refused_by_name(field, tmp_path):
+    save_adapter(with_adapters(), tmp_path)
+    file, decoder = tmp_path / "adapter_config.json", small_decoder()
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {field: True}))
+    with pytest.raises(ValueError, match=field):
+        load_adapter(decoder, tmp_path)
+    file.write_text(json.dumps(config | {field: False}))
+    load_adapter(decoder, tmp_path)

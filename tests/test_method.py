@@ -10,6 +10,7 @@ from llm2vec import (
     attention_mask,
     batches_by_length,
     contrastive_loss,
+    cross_entropy,
     mask_tokens,
     mntp_loss,
     pool,
@@ -205,3 +206,13 @@ def test_contrastive_loss_and_gradient_in_closed_form(n_negatives):
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(query.grad.numpy(), d_query, atol=1e-6)
+
+
+def test_the_loss_of_a_bfloat16_model_is_taken_in_float32():
+    decoder = small_decoder().bfloat16()
+    states, tokens = 4 * torch.randn(9, 16).bfloat16(), torch.randint(50, (9,))
+    logits = decoder.logits(states).double()
+    losses = cross_entropy(decoder, states, tokens)
+    assert losses.dtype == torch.float32
+    expected = logits.logsumexp(1) - logits[torch.arange(9), tokens]
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
