@@ -241,3 +241,29 @@ def test_a_line_of_the_log_has_the_mean_loss_since_the_line_before(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert [line["step"] for line in lines] == list(range(4, 401, 4)), "a hundred lines"
     assert [line["loss"] for line in lines] == [step - 1.5 for step in range(4, 401, 4)]
+
+
+# --- What the paper says -----------------------------------------------------------------------
+
+ADAPTERS = {"rank": 16, "alpha": None, "targets": [], "dropout": 0.05, "steps": 1000}
+PAPER = {  # the tables of its appendix; 20 and 50 are those of the authors' code
+    "mntp": {"length": 512, "batch": 32, "lr": 5e-5, "attention_dropout": 0.0, "warm_up": 0},
+    "simcse": {"length": 128, "batch": 128, "lr": 3e-5, "attention_dropout": 0.3, "scale": 20.0},
+    "supervised": {"length": 512, "batch": 512, "lr": 2e-4, "attention_dropout": 0.0, "scale": 50},
+}
+
+
+@pytest.mark.parametrize("stage", PAPER)
+def test_a_stage_has_the_settings_of_the_paper_unless_another_preset_is_named(stage):
+    args = train.parser().parse_args([stage, "--model", "m", "--output", "o"])
+    settings = vars(train.settings_of(stage, args))
+    expected = ADAPTERS | PAPER[stage]
+    assert {name: settings[name] for name in expected} == expected
+    if stage == "mntp":
+        for family, rates in (("llama", (0.2, 0.8, 0.1)), ("mistral", (0.8, 1.0, 0.0))):
+            model = tiny()
+            model.decoder.config.model_type = family
+            how = train.settings_of(stage, args).for_model(model)
+            assert (how.mask_rate, how.mask_share, how.swap_share) == rates
+            mine = replace(how, mask_rate=0.4, mask_share=0.0).for_model(model)
+            assert (mine.mask_rate, mine.mask_share, mine.swap_share) == (0.4, 0.0, rates[2])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_method import small_decoder
 
-from lora import adapted, add_lora, kept, load_adapter, merge_lora, save_adapter
+from lora import adapted, add_lora, kept, load_adapter, merge_lora, save_adapter, trained
 
 IDS = torch.arange(12).view(2, 6)
 PAIR = {"q_proj", "down_proj"}
@@ -189,3 +189,19 @@ def test_what_peft_has_and_this_has_not_is_refused_by_name(field, tmp_path):
         load_adapter(decoder, tmp_path)
     file.write_text(json.dumps(config | {field: False}))
     load_adapter(decoder, tmp_path)
+
+
+def test_what_trains_has_one_name_in_a_decoder_and_in_its_encoder():
+    """As the files of a run have it: `decoder.` stands before what is the decoder's."""
+    encoder = torch.nn.Module()
+    encoder.decoder, encoder.pooler = with_adapters(), torch.nn.Linear(2, 2, bias=False)
+    inside = {f"decoder.{n}": p for n, p in encoder.decoder.named_parameters() if "lora_" in n}
+    assert trained(encoder.decoder) == inside
+    assert trained(encoder) == inside | {"pooler.weight": encoder.pooler.weight}
+
+
+def test_the_defaults_are_those_of_the_paper():
+    decoder = small_decoder()
+    add_lora(decoder)
+    found = {(m.lora_A.out_features, m.scale, m.dropout) for m in adapted(decoder).values()}
+    assert found == {(16, 32 / 16, 0.05)}

@@ -216,3 +216,14 @@ def test_the_loss_of_a_bfloat16_model_is_taken_in_float32():
     assert losses.dtype == torch.float32
     expected = logits.logsumexp(1) - logits[torch.arange(9), tokens]
     torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_defaults_are_those_of_the_paper():
+    """A fifth of the tokens, by BERT's rule; a temperature of 1/20."""
+    ids, draw = torch.randint(50, (40, 90)), lambda: torch.Generator().manual_seed(0)
+    found = mask_tokens(ids, 7, 50, generator=draw())
+    expected = mask_tokens(ids, 7, 50, 0.2, (0.8, 0.1), generator=draw())
+    assert all(map(torch.equal, found, expected))
+    query, positive = torch.randn(2, 5, 8)
+    losses = contrastive_loss(query, positive), contrastive_loss(query, positive, scale=20.0)
+    assert torch.equal(*losses)
