@@ -146,6 +146,10 @@ UP = "base_model.model.layers.0.mlp.up_proj.lora_A.weight"
         (lambda s: s.update({UP: s[UP][:, 1:].contiguous()}), r"up_proj.lora_A is \[3, 15\]"),
         (lambda s: s.update({UP.replace("0", "9"): s[UP].clone()}), r"layers\.9\.mlp\.up_proj"),
         (lambda s: s.pop(UP), "layers.0.mlp.up_proj has lora_B, not lora_A"),
+        (
+            lambda s: s.update({k.replace("up_proj", "x"): w.clone() for k, w in s.items()}),
+            "layers.0.mlp.x is not",
+        ),
     ],
 )
 def test_a_broken_adapter_is_named_and_changes_no_model(spoil, said, tmp_path):
@@ -169,6 +173,8 @@ def test_the_adapter_of_an_unfinished_run_adds_what_it_added_there(tmp_path, cap
     (tmp_path / "log.jsonl").touch()
     load_adapter(decoder, tmp_path)
     assert "not finished" in capsys.readouterr().err
+    frozen = [name for name, p in decoder.named_parameters() if not p.requires_grad]
+    assert frozen == list(small_decoder().state_dict()), "all but the adapters"
     torch.testing.assert_close(decoder(IDS), trained(IDS), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="already"):
         load_adapter(decoder, tmp_path)
@@ -187,8 +193,10 @@ def test_what_peft_has_and_this_has_not_is_refused_by_name(field, tmp_path):
     file.write_text(json.dumps(config | {field: True}))
     with pytest.raises(ValueError, match=field):
         load_adapter(decoder, tmp_path)
+    del config["lora_dropout"]
     file.write_text(json.dumps(config | {field: False}))
     load_adapter(decoder, tmp_path)
+    assert {module.dropout for module in adapted(decoder).values()} == {0}, "as in PEFT"
 
 
 def test_what_trains_has_one_name_in_a_decoder_and_in_its_encoder():
@@ -205,3 +213,18 @@ def test_the_defaults_are_those_of_the_paper():
     add_lora(decoder)
     found = {(m.lora_A.out_features, m.scale, m.dropout) for m in adapted(decoder).values()}
     assert found == {(16, 32 / 16, 0.05)}
+
+
+def test_what_was_trained_beside_adapters_comes_back_in_a_decoder_and_in_its_encoder(tmp_path):
+    trained = small_decoder().float()
+    add_lora(trained)
+    trained.norm.requires_grad_()
+    torch.nn.init.normal_(trained.norm.weight)
+    save_adapter(trained, tmp_path)
+    encoder = torch.nn.Module()
+    encoder.decoder, alone = small_decoder().float(), small_decoder().float()
+    for model, decoder in ((encoder, encoder.decoder), (alone, alone)):
+        decoder.name_or_path = "a base that no longer has these weights"
+        load_adapter(model, tmp_path)
+        assert torch.equal(decoder.norm.weight, trained.norm.weight)
+        assert decoder.name_or_path is None
