@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_method import small_decoder
 
-from lora import adapted, add_lora, kept, load_adapter, merge_lora, save_adapter, trained
+from lora import (
+    adapted,
+    add_lora,
+    kept,
+    load_adapter,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    trained,
+)
 
 IDS = torch.arange(12).view(2, 6)
 PAIR = {"q_proj", "down_proj"}
@@ -216,15 +225,25 @@ def test_the_defaults_are_those_of_the_paper():
 
 
 def test_what_was_trained_beside_adapters_comes_back_in_a_decoder_and_in_its_encoder(tmp_path):
-    trained = small_decoder().float()
-    add_lora(trained)
-    trained.norm.requires_grad_()
-    torch.nn.init.normal_(trained.norm.weight)
-    save_adapter(trained, tmp_path)
-    encoder = torch.nn.Module()
-    encoder.decoder, alone = small_decoder().float(), small_decoder().float()
+    """And weights that are not those of a checkpoint are said to be of none."""
+    made = small_decoder().float()
+    add_lora(made)
+    made.norm.requires_grad_()
+    torch.nn.init.normal_(made.norm.weight)
+    save_adapter(made, tmp_path)
+    encoder, alone = torch.nn.Module(), small_decoder().float()
+    encoder.decoder, encoder.pooler = small_decoder().float(), torch.nn.Linear(2, 2, bias=False)
     for model, decoder in ((encoder, encoder.decoder), (alone, alone)):
-        decoder.name_or_path = "a base that no longer has these weights"
+        decoder.name_or_path = "base"
         load_adapter(model, tmp_path)
-        assert torch.equal(decoder.norm.weight, trained.norm.weight)
-        assert decoder.name_or_path is None
+        assert torch.equal(decoder.norm.weight, made.norm.weight) and decoder.name_or_path is None
+        remove_lora(model)
+        decoder.name_or_path = "base"
+    for more, name in (({}, "base"), ({"decoder.norm.weight": torch.ones(16)}, None)):
+        save_file({"pooler.weight": torch.eye(2)} | more, tmp_path / "extra.safetensors")
+        with pytest.raises(ValueError, match="pooler.weight has no place"):
+            load_adapter(alone, tmp_path)
+        load_adapter(encoder, tmp_path)
+        assert torch.equal(encoder.pooler.weight, torch.eye(2))
+        assert encoder.decoder.name_or_path == name
+        remove_lora(encoder)
