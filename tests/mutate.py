@@ -2,166 +2,145 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "pytest"]
 # ///
-"""Make small faults in a file, one at a time, and list those that no test sees (not on Windows).
+"""Make small faults in a file, one at a time, and list those that no fast test of TESTS sees.
 
-    python tests/mutate.py llm2vec.py [FUNCTION] [--sample N] [--seed S]
+    python tests/mutate.py llm2vec.py [FUNCTION] [--sample N] [--seed S]     (not on Windows)
 
-A fault is another operator, number or condition; or a statement, a `not` or an argument left out.
-Messages and help texts have none. In a copy of the checkout, the fast tests that come to its line
-run until one fails. A line for each survivor, as it is with the fault, and then the score.
+Each is made in a copy of the checkout, and run by the tests that come to its line until one fails.
 """
 
-import argparse, ast, itertools, json, math, os, random, shutil, signal, sys, tempfile, time  # noqa: E401
-from collections import defaultdict
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
-import torch._dynamo  # noqa: F401 (imported once, and not again for every fault)
+import torch._dynamo  # noqa: F401 (imported once, and not for every fault)
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = 20  # seconds of tests for one fault, at most; the quickest come first
-TESTS = {
-    "llm2vec.py": "method golden checkpoints encoder interop hostile",
+TESTS = {  # the quick ones first; of a file in data/: the last
+    "llm2vec.py": "method golden checkpoints interop hostile encoder",
     "lora.py": "lora golden interop nf4 checkpoints hostile",
-    "train.py": "loop supervised people parallel train",
-    "data/checkpoints.py": "golden checkpoints encoder interop hostile people",
-    "data/corpus.py": "data layouts hostile",
-    "data/pairs.py": "layouts supervised",
-    "data/disk.py": "data layouts hostile encoder",
-    "data/export.py": "interop encoder checkpoints people",
-    "data/runs.py": "loop people resume",
+    "train.py": "loop supervised parallel people resume train",
+    "data": "layouts data golden interop checkpoints hostile supervised encoder people loop",
 }
 SWAPS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}
 SWAPS |= {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.BitAnd: ast.BitOr, ast.And: ast.Or}
-SWAPS |= {there: here for here, there in SWAPS.items()} | {ast.FloorDiv: ast.Mult}
-SWAPS |= {ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
+SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult} | {new: old for old, new in SWAPS.items()}
 NAMES = {"min": "max", "any": "all", "amin": "amax", "clamp_min": "clamp_max"}
-NAMES |= {there: here for here, there in NAMES.items()}
+NAMES |= {new: old for old, new in NAMES.items()}
 TEXTS = {"help", "metavar", "description", "usage", "prog", "title"}  # arguments that are messages
 
 
 def others(node):
-    """The faults of one node, as code."""
+    """The faults of one node, as code: an operator, number or name that differs, or one less."""
     put = lambda **fields: ast.unparse(type(node)(**vars(node) | fields))  # noqa: E731
-    kind, value = type(node), getattr(node, "value", None)
-    rebinds = kind is ast.Assign and {ast.unparse(x) for x in ast.walk(value)}
-    if kind in (ast.AugAssign, ast.Raise, ast.Continue) or kind is ast.Expr and type(value) is ast.Call:
-        yield "pass"
-    elif kind is ast.Assign and (type(node.targets[0]) is not ast.Name or node.targets[0].id in rebinds):
-        yield "pass"
-    elif kind is ast.Compare and type(node.ops[0]) in SWAPS:
-        yield put(ops=[SWAPS[type(node.ops[0])](), *node.ops[1:]])
-    elif kind in (ast.BinOp, ast.BoolOp) and type(node.op) in SWAPS:
-        yield f"({put(op=SWAPS[type(node.op)]())})"
-    elif kind is ast.UnaryOp:
-        yield ast.unparse(node.operand)
-    elif kind is ast.Constant and type(value) in (bool, int, float):
-        yield repr(not value if type(value) is bool else 2 * value if value > 1e-6 else 1)
-    elif kind is ast.Name and node.id in NAMES:
-        yield NAMES[node.id]
-    elif kind is ast.Attribute and node.attr in NAMES:
-        yield put(attr=NAMES[node.attr])
-    elif kind is ast.Call:
-        for gone in (keyword for keyword in node.keywords if keyword.arg not in TEXTS):
-            yield put(keywords=[keyword for keyword in node.keywords if keyword is not gone])
+    match node:
+        case ast.AugAssign() | ast.Raise() | ast.Continue() | ast.Expr(value=ast.Call()):
+            yield "pass"
+        case ast.Assign(
+            targets=[target], value=value
+        ):  # of an item, or of what has a value already
+            if type(target) is not ast.Name or target.id in map(ast.unparse, ast.walk(value)):
+                yield "pass"
+        case ast.Compare(ops=[op, *more]) if type(op) in SWAPS:
+            yield put(ops=[SWAPS[type(op)](), *more])
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in SWAPS:
+            yield f"({put(op=SWAPS[type(op)]())})"
+        case ast.UnaryOp(operand=operand):
+            yield ast.unparse(operand)
+        case ast.Constant(value=bool() | int() | float() as value):
+            yield repr(not value if value is True or value is False else 2 * value or 1)
+        case ast.Name(id=name) | ast.Attribute(attr=name) if name in NAMES:
+            yield put(id=NAMES[name], attr=NAMES[name])
+        case ast.Call(keywords=keywords):
+            for gone in keywords:
+                yield put(keywords=[keyword for keyword in keywords if keyword is not gone])
 
 
 def faults(node, function):
-    """What may be replaced inside a node, or in the function of that name in it, and by what."""
+    """What may be replaced in a node, or in its function of that name, and by what; no messages."""
     function = None if getattr(node, "name", None) == function else function
-    hints = getattr(node, "annotation", None), getattr(node, "returns", None)
-    for child in ast.iter_child_nodes(node):
-        said = isinstance(child, ast.Expr) and ast.unparse(child).startswith(("print(", "log("))
-        if said or child in hints or type(child) is ast.JoinedStr or getattr(child, "arg", 0) in TEXTS:
+    for field, child in [
+        (f, c) for f, v in ast.iter_fields(node) for c in (v if isinstance(v, list) else [v])
+    ]:
+        said = type(child) is ast.Expr and ast.unparse(child).startswith(("print(", "log("))
+        said |= type(child) is ast.JoinedStr or getattr(child, "arg", None) in TEXTS
+        if said or field in ("annotation", "returns") or not isinstance(child, ast.AST):
             continue
         if function is None:
             yield from ((child, new) for new in others(child))
-            if child in (getattr(node, "test", None), *getattr(node, "ifs", ())):
+            if field in ("test", "ifs"):
                 yield child, f"(not ({ast.unparse(child)}))"
-        if not isinstance(child, ast.Raise):
+        if type(child) is not ast.Raise:
             yield from faults(child, function)
 
 
-class Plugin:
-    """Of pytest: notes which tests come to which lines of a file, or runs the chosen ones."""
-
-    def __init__(self, file, chosen=()):
-        self.file, self.chosen, self.lines, self.seconds = file, chosen, {}, {}
-
-    def pytest_collection_modifyitems(self, items):
-        known = {item.nodeid: item for item in items}
-        items[:] = [known[name] for name in self.chosen or known if name in known]
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        def trace(frame, *_):
-            if frame.f_code.co_filename == self.file:
-                self.lines.setdefault(frame.f_lineno, set()).add(item.nodeid)
-                return trace
-
-        start = time.monotonic()
-        sys.settrace(trace if self.file else None)
-        yield
-        sys.settrace(None)
-        self.seconds.setdefault(item.nodeid, time.monotonic() - start)
-
-    def pytest_runtest_logreport(self, report):
-        if report.failed:  # as some that measure time do, when they are watched
-            self.seconds[report.nodeid] = math.inf
-
-
-def passes(folder, tests, plugin, report=None):
-    """Whether tests of a checkout pass; a report says which lines they come to."""
+def passes(folder, tests, watched=None):
+    """Whether tests of a checkout pass; in lines.json, which of them come to a watched file's."""
     if child := os.fork():
         return os.waitpid(child, 0)[1] == 0
-    signal.alarm(1200 if report else 3 * BUDGET)
+    lines = {}
+
+    def trace(frame, *_):
+        if frame.f_code.co_filename == watched:
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+            lines.setdefault(frame.f_lineno, {}).update(dict.fromkeys([test] if test else tests))
+            return trace
+
+    signal.alarm(900 if watched else 120)
     os.chdir(folder)
-    os.environ |= {"PYTHONPATH": f"{folder}:{folder / 'packages'}", "OMP_NUM_THREADS": "1"}
-    sys.path[:] = [p for p in sys.path if ROOT not in (Path(p).parent, Path(p))]
+    sys.path[:] = [path for path in sys.path if ROOT not in (Path(path).parent, Path(path))]
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    how = ["-x", "-q", "--tb=no", "-pno:cacheprovider", f"--basetemp={folder / 'tmp'}"]
-    status = pytest.main([*how[bool(report) :], *tests], [plugin])
-    if report:
-        lines = {place: list(names) for place, names in plugin.lines.items()}
-        report.write_text(json.dumps([plugin.seconds, lines]))
+    sys.settrace(trace if watched else None)
+    how = ["-pno:cacheprovider", f"--basetemp={folder / 'tmp'}", "-q" if watched else "-x"]
+    status = pytest.main([*how, *tests])
+    sys.settrace(None)
+    if watched:
+        Path("lines.json").write_text(json.dumps(lines))
     os._exit(status)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", choices=TESTS)
+    parser.add_argument("file", help="such as lora.py or data/corpus.py")
     parser.add_argument("function", nargs="?", help="in it, or a class (default: all)")
     parser.add_argument("--sample", type=int, default=10**6, help="so many faults (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     args = parser.parse_args()
-    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"  # it may be stale
     with tempfile.TemporaryDirectory() as scratch:
-        folder, report, caught = Path(scratch, "copy"), Path(scratch, "report.json"), 0
+        folder, source, caught = Path(scratch, "copy"), (ROOT / args.file).read_bytes(), 0
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "models"))
-        (folder / "packages").mkdir()
-        (folder / "packages" / "llm2vec_data").symlink_to(folder / "data")
-        file, files = folder / args.file, {f"tests/test_{x}.py" for x in TESTS[args.file].split()}
-        passes(folder, files, Plugin(str(file)), report)
-        seconds, lines = json.loads(report.read_text())
-        source = file.read_bytes()
-        starts = [0, *itertools.accumulate(map(len, source.splitlines(True)))]
+        Path(scratch, "llm2vec_data").symlink_to(folder / "data")
+        os.environ |= {"PYTHONPATH": f"{folder}:{scratch}", "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.dont_write_bytecode = True  # two faults of one second may have one size
+        names = TESTS.get(args.file, TESTS["data"]).split()
+        passes(folder, [f"tests/test_{name}.py" for name in names], str(folder / args.file))
+        lines = json.loads((folder / "lines.json").read_text())
+        starts = [0, *accumulate(map(len, source.splitlines(True)))]
         found = list(faults(ast.parse(source), args.function))
         found = random.Random(args.seed).sample(found, min(args.sample, len(found)))
         for node, new in sorted(found, key=lambda fault: fault[0].lineno):
-            first, last = starts[node.lineno - 1], starts[node.end_lineno - 1]
-            head, tail = source[: first + node.col_offset], source[last + node.end_col_offset :]
-            file.write_bytes(changed := head + new.encode() + tail)
-            places = map(str, range(node.lineno, node.end_lineno + 1))
-            come = {name for place in places for name in lines.get(place, ())} or seconds
-            tests = sorted(come, key=seconds.get)
-            ends = itertools.accumulate(map(seconds.get, tests))
-            tests = [name for name, end in zip(tests, ends) if end < BUDGET] or tests[:1]
-            if passes(folder, {name.partition("::")[0] for name in tests}, Plugin("", tests)):
-                line = changed[first:].decode().partition("\n")[0].strip()
-                print(f"{args.file}:{node.lineno}: {line}", flush=True)
-            else:
+            head = source[: starts[node.lineno - 1] + node.col_offset]
+            faulty = (
+                head + new.encode() + source[starts[node.end_lineno - 1] + node.end_col_offset :]
+            )
+            (folder / args.file).write_bytes(faulty)
+            come = [lines.get(str(n), {}) for n in range(node.lineno, node.end_lineno + 1)]
+            tests = list({test: 1 for tests in come for test in tests})
+            if tests and not passes(folder, tests):
                 caught += 1
+            else:
+                line = faulty.decode().splitlines()[node.lineno - 1].strip()
+                print(f"{args.file}:{node.lineno}: {line}", flush=True)
     print(f"{args.file}: {caught} of {len(found)} faults are caught, {caught / len(found):.1%}")
 
 
