@@ -354,6 +354,7 @@ def test_a_word_is_the_mean_of_its_tokens_states():
     "family, fields",
     [  # of transformers' configuration classes
         ("llama", {"sliding_window": None, "tie_word_embeddings": False, "rope_theta": 1e4}),
+        ("llama", {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False}),
         ("mistral", {"num_key_value_heads": 8, "sliding_window": 4096, "head_dim": 4}),
         ("qwen2", {"num_key_value_heads": 32, "sliding_window": None, "qkv_bias": True}),
         ("qwen3", {"num_key_value_heads": 32, "head_dim": 128, "qk_norm": True}),

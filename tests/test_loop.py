@@ -137,28 +137,38 @@ def test_masks_and_dropout_differ_by_step_and_processes_share_masks_alone(monkey
 
 
 def test_parts_and_processes_have_dropout_of_their_own(monkeypatch):
-    """Two views of a text differ, though each is a part by itself."""
+    """Two views of a text differ, each a part by itself; and two processes add up to one."""
     model = tiny(2)
-    lora.add_lora(model.decoder, dropout=0.5)
+    parameters = lora.add_lora(model.decoder, dropout=0.5)
     for module in lora.adapted(model).values():
         torch.nn.init.normal_(module.lora_B.weight)
     rows, seen = 2 * model.train().rows(["A man plays a guitar."]), []
 
-    def loss_of(vectors: torch.Tensor) -> torch.Tensor:
-        seen.append(vectors.detach().clone())
-        return vectors.sum()
-
-    torch.manual_seed(0)
-    train.gradcache(model, rows, loss_of, [[0], [1]])
-    monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda vectors: None)
-    for part in ([0], [1]):
+    def run(parts: list[list[int]]) -> float:
         torch.manual_seed(0)
-        train.gradcache(model, rows, loss_of, [part])
-    views, first, second = seen
-    assert not torch.allclose(*views, atol=0.01)
-    assert torch.equal(first[0], views[0]) and torch.equal(second[1], views[1])
-    assert not first[1].any() and not second[0].any(), "what the other one computes"
+        return train.gradcache(model, rows, loss_of, parts)
+
+    def loss_of(vectors: torch.Tensor) -> torch.Tensor:
+        return torch.cosine_similarity(*vectors, dim=0)
+
+    def others(vectors: torch.Tensor) -> None:
+        seen.append(vectors.clone())
+        vectors.copy_(views)  # the sum over both processes
+
+    loss = run([[0], [1]])
+    expected = [p.grad.clone() for p in parameters]
+    torch.manual_seed(0)
+    seed = int(torch.randint(2**62, ()))
+    views = torch.cat([(torch.manual_seed(seed + i), model.embed(rows[:1]))[1] for i in (0, 1)])
+    views = views.detach()
+    assert loss == pytest.approx(loss_of(views).item()) and loss < 0.99, "they differ"
+    model.zero_grad()
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", others)
+    assert run([[0]]) + run([[1]]) == pytest.approx(loss)
+    assert torch.equal(sum(seen), views), "each gives its own, and zeros for the other's"
+    for p, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_dropout_is_on_in_every_step_also_after_a_score(tmp_path, monkeypatch):
@@ -218,6 +228,18 @@ def test_a_gradient_that_is_not_finite_is_never_stepped_on(bad, tmp_path):
     [file] = tmp_path.glob("state-*")
     state = load_file(file)
     assert all(torch.equal(state[name], p) for name, p in before.items())
+
+
+def test_weights_in_bfloat16_are_not_trained_and_adapters_on_them_are(tmp_path):
+    """And a model whose training is refused is as it was."""
+    model = tiny()
+    model.decoder.bfloat16()
+    fit(tmp_path / "adapters", lambda *_: 0.0, model)
+    lora.add_lora(model.decoder)
+    model.decoder.norm.requires_grad_()
+    with pytest.raises(ValueError, match="--dtype float32"):
+        fit(tmp_path / "norm", lambda *_: 0.0, model)
+    assert not lora.adapted(model) and not any(p.requires_grad for p in model.parameters())
 
 
 # --- What is kept of a run ---------------------------------------------------------------------
