@@ -25,11 +25,12 @@ import pytest
 import torch._dynamo  # noqa: F401 (imported once, and not for every fault)
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {  # the quick ones first; of a file in data/: the last
-    "llm2vec.py": "method golden checkpoints interop hostile encoder",
+TESTS = {  # the quick ones first; of another file in data/: the last
+    "llm2vec.py": "method golden checkpoints interop hostile encoder device",
     "lora.py": "lora golden interop nf4 checkpoints hostile",
-    "train.py": "loop supervised parallel people resume train",
-    "data": "layouts data golden interop checkpoints hostile supervised encoder people loop",
+    "train.py": "loop supervised parallel people",
+    "data/runs.py": "loop people resume",
+    "data": "layouts data golden interop checkpoints hostile supervised",
 }
 SWAPS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}
 SWAPS |= {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.BitAnd: ast.BitOr, ast.And: ast.Or}
