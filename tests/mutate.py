@@ -84,29 +84,37 @@ def faults(node, function):
             yield from faults(child, function)
 
 
-def passes(folder, tests, watched=None):
-    """Whether tests of a checkout pass; in lines.json, which of them come to a watched file's."""
+class Watch:
+    """A plugin of pytest that notes which tests come to the lines of a file."""
+
+    def __init__(self, file):
+        self.file, self.lines, self.test = file, {}, "import"
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.test = nodeid
+        sys.settrace(self.trace)  # anew, as an error in deep recursion ends it
+
+    def trace(self, frame, *_):
+        if frame.f_code.co_filename == self.file:
+            self.lines.setdefault(frame.f_lineno, {})[self.test] = None
+            return self.trace
+
+
+def passes(folder, tests, file=None):
+    """Whether tests of a checkout pass; in lines.json, which come to the lines of a file."""
     if child := os.fork():
         return os.waitpid(child, 0)[1] == 0
-    lines = {}
-
-    def trace(frame, *_):
-        if frame.f_code.co_filename == watched:
-            test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
-            lines.setdefault(frame.f_lineno, {}).update(dict.fromkeys([test] if test else tests))
-            return trace
-
-    signal.alarm(900 if watched else 120)
+    signal.alarm(3600 if file else 120)
     os.chdir(folder)
     sys.path[:] = [path for path in sys.path if ROOT not in (Path(path).parent, Path(path))]
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    sys.settrace(trace if watched else None)
-    how = ["-pno:cacheprovider", f"--basetemp={folder / 'tmp'}", "-q" if watched else "-x"]
-    status = pytest.main([*how, *tests])
+    watch, how = Watch(file), ["-pno:cacheprovider", f"--basetemp={folder / 'tmp'}"]
+    sys.settrace(watch.trace if file else None)  # for the time of import, too
+    status = pytest.main([*how, *tests] if file else [*how, "-x", *tests], [watch] if file else [])
     sys.settrace(None)
-    if watched:
-        Path("lines.json").write_text(json.dumps(lines))
+    if file:
+        Path("lines.json").write_text(json.dumps(watch.lines))
     os._exit(status)
 
 
@@ -124,7 +132,8 @@ def main():
         os.environ |= {"PYTHONPATH": f"{folder}:{scratch}", "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True  # two faults of one second may have one size
         names = TESTS.get(args.file, TESTS["data"]).split()
-        passes(folder, [f"tests/test_{name}.py" for name in names], str(folder / args.file))
+        files = [f"tests/test_{name}.py" for name in names]
+        passes(folder, files, str(folder / args.file))
         lines = json.loads((folder / "lines.json").read_text())
         starts = [0, *accumulate(map(len, source.splitlines(True)))]
         found = list(faults(ast.parse(source), args.function))
@@ -137,6 +146,7 @@ def main():
             (folder / args.file).write_bytes(faulty)
             come = [lines.get(str(n), {}) for n in range(node.lineno, node.end_lineno + 1)]
             tests = list({test: 1 for tests in come for test in tests})
+            tests = files if tests == ["import"] else [test for test in tests if "::" in test]
             if tests and not passes(folder, tests):
                 caught += 1
             else:

@@ -1,7 +1,9 @@
 """Checkpoints and adapters as people have them: folders of other tools, names on the hub."""
 
+import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -400,6 +402,65 @@ def test_an_encoder_in_training_encodes_without_dropout(folder):
     expected = model.encode(TEXTS)
     model.decoder.config.attention_dropout = 0.9
     assert np.array_equal(model.train().encode(TEXTS), expected)
+
+
+def test_a_loaded_model_is_frozen_and_new_modules_beside_it_are_the_same_each_time(folder):
+    class Pooled(LLM2Vec):
+        def __init__(self, *args, **how):
+            super().__init__(*args, **how)
+            self.query = torch.nn.Linear(8, 1)
+
+    torch.manual_seed(1)
+    first = Pooled.from_pretrained(folder)
+    torch.manual_seed(2)
+    after = torch.rand(3)
+    torch.manual_seed(2)
+    assert torch.equal(Pooled.from_pretrained(folder).query.weight, first.query.weight)
+    assert torch.equal(torch.rand(3), after), "nothing is drawn of the caller's numbers"
+    assert not any(p.requires_grad for p in first.decoder.parameters())
+
+
+def test_how_far_encoding_has_come_is_said_if_asked(folder, capsys):
+    model = LLM2Vec.from_pretrained(folder)
+    model.encode(TEXTS)
+    assert capsys.readouterr().err == ""
+    model.encode(3 * TEXTS, progress=True, max_tokens=1)
+    lines = capsys.readouterr().err.split("\r")[1:]
+    assert lines == [*(f"{n} of 6 texts" for n in range(1, 6)), "6 of 6 texts\n"]
+
+
+@pytest.mark.parametrize(
+    "flags, how",
+    [
+        ([], {"is_causal": None, "adapters": [], "separator": None, "compile": False}),
+        (["--causal"], {"is_causal": True}),
+        (["--bidirectional"], {"is_causal": False}),
+        (["--adapters", "a", "b", "--separator", " "], {"adapters": ["a", "b"], "separator": " "}),
+        (["--template", "mine"], None),
+        (["--dtype", "float8"], None),
+        (["--device", "tpu"], None),
+    ],
+)
+def test_the_flags_of_a_model(flags, how):
+    parser = argparse.ArgumentParser()
+    llm2vec.add_model_flags(parser, required=True)
+    for args in (flags, ["--model", "m", *flags]):
+        if how is None or args is flags:
+            with pytest.raises(SystemExit):
+                parser.parse_args(args)
+        else:
+            given = vars(parser.parse_args(args))
+            assert {name: given[name] for name in how} == how
+
+
+@pytest.mark.parametrize(
+    "line", ["", "encode --model m --input i", "encode --model m --output o", "similar a b"]
+)
+def test_a_command_that_lacks_something_is_refused(line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llm2vec.py", *line.split()])
+    with pytest.raises(SystemExit) as end:
+        llm2vec.main()
+    assert end.value.code == 2 and "required" in capsys.readouterr().err
 
 
 def test_a_text_of_exactly_the_most_tokens_is_not_cut(folder):

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +242,67 @@ def test_weights_in_bfloat16_are_not_trained_and_adapters_on_them_are(tmp_path):
     assert not lora.adapted(model) and not any(p.requires_grad for p in model.parameters())
 
 
+def test_training_changes_what_it_is_told_to_and_puts_it_back(tmp_path):
+    seen, before = [], {"attention_dropout": 0.4, "recompute": 1}
+
+    def backward(model: LLM2Vec, step: int) -> float:
+        seen.append((model.training, model.decoder.config.attention_dropout, how(model)))
+        return 0.0
+
+    def how(model: LLM2Vec) -> int:
+        return model.decoder.recompute
+
+    for was_training in (True, False):
+        model = tiny().train(was_training)
+        model.decoder.config.attention_dropout = 0.1
+        fit(tmp_path / str(was_training), backward, model, steps=1, **before)
+        assert model.training is was_training and how(model) == 0
+        assert model.decoder.config.attention_dropout == 0.1
+        assert model.made_of[-1] == tmp_path / str(was_training), "a card names it"
+    assert seen == 2 * [(True, 0.4, 1)]
+
+
+def test_what_there_is_no_memory_for_is_an_error_at_once_where_others_would_wait(
+    tmp_path, monkeypatch
+):
+    """A process alone first recomputes its layers, of which there is one here."""
+    tried = []
+
+    def backward(model: LLM2Vec, step: int) -> float:
+        tried.append(model.decoder.recompute)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for processes, expected in ((1, [0, 1]), (2, [0])):
+        monkeypatch.setattr(train, "WORLD_SIZE", processes)
+        with pytest.raises(ValueError, match="step 1: out of memory; lower --max-tokens"):
+            fit(tmp_path / str(processes), backward)
+        assert tried == expected
+        tried.clear()
+    with pytest.raises(ValueError, match="nothing to train on"):
+        train.Batches([[]], Settings())
+
+
+def test_a_batch_that_fits_is_encoded_once_and_a_larger_or_shared_one_in_parts(monkeypatch):
+    model, encoded, loss_of = tiny(), [], lambda vectors: vectors.square().sum()
+    lora.add_lora(model.decoder)
+    rows, embed = model.rows(DOCUMENTS[:6], max_length=8), model.embed
+    monkeypatch.setattr(model, "embed", lambda part: encoded.extend(part) or embed(part))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda vectors: None)
+    for max_tokens, processes, times in ((48, 1, 1), (47, 1, 2), (48, 2, 1)):
+        monkeypatch.setattr(train, "WORLD_SIZE", processes)
+        train.backward_through_encoder(model, rows, loss_of, max_tokens)
+        assert len(encoded) == 6 * times, "half of the rows, twice, where there are two processes"
+        encoded.clear()
+    monkeypatch.setattr(train, "gradcache", lambda model, rows, loss_of, parts: parts)
+    shares = []
+    for rank in (1, 0):
+        monkeypatch.setattr(train, "RANK", rank)
+        parts, tokens = train.backward_through_encoder(model, rows, loss_of, 16)
+        assert tokens == 48 and [len(part) for part in parts] == [2, 1]
+        shares += sum(parts, [])
+    assert sorted(shares) == list(range(6)), "each row once"
+
+
 # --- What is kept of a run ---------------------------------------------------------------------
 
 
@@ -253,6 +314,14 @@ def test_a_run_is_another_with_another_tokenizer_and_not_with_another_save_every
     model.tokenizer.add_special_tokens(["<|of no text|>"])
     with pytest.raises(ValueError, match="tokenizer was"):
         go("simcse", tmp_path, model)
+
+
+def test_a_run_may_go_on_with_other_settings_where_they_change_no_result():
+    """The data and what is in it count, and not its name."""
+    kinds = {type(preset) for stage in STAGES.values() for preset in stage.presets.values()}
+    free = {f.name for kind in kinds for f in fields(kind) if f.metadata["same_result"]}
+    memory, data = {"max_tokens", "recompute"}, {"corpus", "errors", "pairs", "instructions"}
+    assert free == memory | data | {"save_every"}
 
 
 def test_a_line_of_the_log_has_the_mean_loss_since_the_line_before(tmp_path):

@@ -141,6 +141,7 @@ def test_pooling_by_hand():
     for name, vector in expected.items():
         assert pool(hidden, name, own).item() == pytest.approx(vector)
     assert pool(hidden, torch.tensor([[3.0, 1, 0, 0]])).item() == pytest.approx(5 / 4)
+    assert pool(hidden, torch.tensor([[0.1, 0.1, 0, 0]])).item() == pytest.approx(3 / 2)
     assert pool(hidden, "mean").item() == pytest.approx(107 / 4)
     assert pool(hidden, "mean", torch.zeros(1, 4)).isfinite().all(), "of nothing, too"
     with pytest.raises(ValueError, match="median"):
@@ -227,3 +228,16 @@ def test_the_defaults_are_those_of_the_paper():
     query, positive = torch.randn(2, 5, 8)
     losses = contrastive_loss(query, positive), contrastive_loss(query, positive, scale=20.0)
     assert torch.equal(*losses)
+
+
+def test_logits_in_memory_are_bounded(monkeypatch):
+    """Many chosen tokens go through the vocabulary in chunks, few at once."""
+    decoder, rows = small_decoder(), []
+    logits = decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda x: rows.append(len(x)) or logits(x))
+    monkeypatch.setattr("llm2vec.CHUNK", 4 * 50)
+    states, tokens = torch.randn(10, 16).double(), torch.randint(50, (10,))
+    for n, expected in ((4, [4]), (10, [4, 4, 2])):
+        cross_entropy(decoder, states[:n], tokens[:n])
+        assert rows == expected
+        rows.clear()
