@@ -109,7 +109,7 @@ def test_the_numbers_of_a_step_follow_from_its_number_and_the_seed(tmp_path):
 
     for i, (seed, steps) in enumerate([(0, 4), (0, 4), (1, 4)]):
         drawn.append([])
-        fit(tmp_path / str(i), backward, seed=seed, steps=steps)
+        fit(tmp_path / "new" / str(i), backward, seed=seed, steps=steps)
     assert drawn[0] == drawn[1]
     assert len({str(numbers) for step in (*drawn[0], *drawn[2]) for numbers in [step]}) == 8
 
