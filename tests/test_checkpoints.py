@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 import llm2vec
@@ -487,3 +488,30 @@ def test_a_word_in_front_of_every_text_weighs_in_a_text_what_others_do(folder, t
     model.save(out)
     assert not weights.exists()
     assert np.array_equal(LLM2Vec.from_pretrained(out).encode(TEXTS), model.encode(TEXTS))
+
+
+WINDOWED = ["mistral-window", "qwen2-window", "smollm3-window"]
+
+
+@pytest.mark.parametrize("name", [*WINDOWED, "qwen3", "llama-linear-older", "llama-biased-dynamic"])
+def test_an_export_of_each_family_has_the_config_that_was_read(name, tmp_path):
+    decoder = Decoder.from_pretrained(GOLDEN / name)
+    LLM2Vec(decoder, Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))).save(tmp_path / "out")
+    assert Config.from_pretrained(tmp_path / "out") == decoder.config
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    # A Mistral with this key is a Ministral in transformers; with null, others are not read there.
+    assert ("layer_types" in raw) is (decoder.config.layer_types is not None)
+    assert ("use_sliding_window" in raw) is ("mistral" not in name)
+
+
+def test_a_word_behind_a_prompt_is_cut_as_the_first_of_a_text(folder, tmp_path):
+    """Where a space is put in front of the first word alone, and a prompt before that."""
+    raw = json.loads((INTEROP / "metaspace" / "tokenizer.json").read_text())
+    raw["pre_tokenizer"]["prepend_scheme"] = "first"
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    model, out = LLM2Vec.from_pretrained(folder, pooling="last"), tmp_path / "out"
+    model.save(out)
+    prompts = json.loads((out / "config_sentence_transformers.json").read_text())["prompts"]
+    exported = Tokenizer.from_file(str(out / "tokenizer.json"))
+    for text, (ids, _) in zip(TEXTS, model.rows(TEXTS), strict=True):
+        assert prompts["query"] and exported.encode(prompts["query"] + text).ids == ids
