@@ -61,7 +61,7 @@ def others(node):
         case ast.Name(id=name) | ast.Attribute(attr=name) if name in SWAPS:
             yield put(id=SWAPS[name], attr=SWAPS[name])
         case ast.Call(keywords=keywords):
-            for gone in keywords:
+            for gone in (keyword for keyword in keywords if keyword.arg not in TEXTS):
                 yield put(keywords=[keyword for keyword in keywords if keyword is not gone])
 
 

@@ -512,6 +512,8 @@ def test_a_word_behind_a_prompt_is_cut_as_the_first_of_a_text(folder, tmp_path):
     model, out = LLM2Vec.from_pretrained(folder, pooling="last"), tmp_path / "out"
     model.save(out)
     prompts = json.loads((out / "config_sentence_transformers.json").read_text())["prompts"]
+    # sentence-transformers would take a BOS that it knows, and that ends a prompt, for text.
+    assert "bos_token" not in json.loads((out / "tokenizer_config.json").read_text())
     exported = Tokenizer.from_file(str(out / "tokenizer.json"))
     for text, (ids, _) in zip(TEXTS, model.rows(TEXTS), strict=True):
         assert prompts["query"] and exported.encode(prompts["query"] + text).ids == ids

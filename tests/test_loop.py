@@ -358,3 +358,14 @@ def test_a_stage_has_the_settings_of_the_paper_unless_another_preset_is_named(st
             assert (how.mask_rate, how.mask_share, how.swap_share) == rates
             mine = replace(how, mask_rate=0.4, mask_share=0.0).for_model(model)
             assert (mine.mask_rate, mine.mask_share, mine.swap_share) == (0.4, 0.0, rates[2])
+
+
+def test_flags_are_written_out_and_what_a_stage_needs_is_required():
+    parse = train.parser().parse_args
+    alone, needed = parse([]), ["mntp", "--model", "m", "--output", "o"]
+    assert (alone.seeds, alone.stages, alone.preset) == ([0], ["mntp", "simcse"], "tiny")
+    assert parse(["--stages", "simcse", "mntp"]).stages == ["simcse", "mntp"]
+    assert parse([*needed, "--steps", "3"]).steps == 3
+    for args in ([*needed, "--step", "3"], needed[:3], [needed[0], *needed[3:]]):
+        with pytest.raises(SystemExit):
+            parse(args)
