@@ -26,7 +26,7 @@ import torch._dynamo  # noqa: F401 (imported once, and not for every fault)
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # the quick ones first; of another file in data/: the last
-    "llm2vec.py": "method golden checkpoints interop hostile encoder device",
+    "llm2vec.py": "method golden checkpoints interop hostile parallel encoder device",
     "lora.py": "lora golden interop nf4 checkpoints hostile",
     "train.py": "loop supervised parallel people",
     "data/runs.py": "loop people resume",
