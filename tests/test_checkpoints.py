@@ -1,19 +1,25 @@
 """Checkpoints and adapters as people have them: folders of other tools, names on the hub."""
 
+import argparse
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, INTEROP, refused, spoil
+from helpers import GOLDEN, INTEROP, TINY, refused, spoil
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 
+import llm2vec
 from llm2vec import POOLING, Config, Decoder, LLM2Vec, prompt_prefix, rotary_table, tokenize
 from llm2vec_data.checkpoints import find_checkpoint, load_tokenizer
+from llm2vec_data.encode import count_cut
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 
 load = LLM2Vec.from_pretrained
@@ -319,3 +325,183 @@ def test_an_adapter_names_its_base_unless_another_was_merged(folder, tmp_path):
         assert config["base_model_name_or_path"] == base
     LLM2Vec(decoder, load_tokenizer(folder)).save(tmp_path / "out")
     assert decoder.name_or_path == str((tmp_path / "out").resolve()), "which now has these weights"
+
+
+# --- Words -------------------------------------------------------------------------------------
+
+
+def test_a_word_is_the_mean_of_its_tokens_states():
+    model = LLM2Vec.from_pretrained(TINY)
+    found = model.encode_words(["Naturalists", "describe"])
+    ids = model.tokenizer.encode("Naturalists describe").ids
+    n = len(model.tokenizer.encode("Naturalists").ids)
+    states = model.decoder(torch.tensor([ids]))[0].detach().numpy()
+    np.testing.assert_allclose(found, [states[:n].mean(0), states[n:].mean(0)], atol=1e-5)
+    assert n > 1
+
+
+# --- What config.json leaves out, and numbers that nothing can be done with ----------------------
+
+
+@pytest.mark.parametrize(
+    "family, fields",
+    [  # of transformers' configuration classes
+        ("llama", {"sliding_window": None, "tie_word_embeddings": False, "rope_theta": 1e4}),
+        ("llama", {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False}),
+        ("mistral", {"num_key_value_heads": 8, "sliding_window": 4096, "head_dim": 4}),
+        ("qwen2", {"num_key_value_heads": 32, "sliding_window": None, "qkv_bias": True}),
+        ("qwen3", {"num_key_value_heads": 32, "head_dim": 128, "qk_norm": True}),
+        ("smollm3", {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}),
+    ],
+)
+def test_a_silent_config_means_the_defaults_of_its_family(family, fields, tmp_path):
+    shape = {"vocab_size": 9, "hidden_size": 256, "intermediate_size": 9, "num_hidden_layers": 30}
+    raw = shape | {"model_type": family, "num_attention_heads": 64}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = Config.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in fields} == fields
+    if family == "smollm3":  # every fourth layer is without rotary positions
+        assert config.no_rope_layers == [1, 1, 1, 0] * 7 + [1, 1]
+    if family.startswith("qwen"):  # the window, where it is used, is that of the layers from 28
+        spoil(tmp_path / "config.json", use_sliding_window=True)
+        config = Config.from_pretrained(tmp_path)
+        assert config.sliding_window == 4096
+        assert config.layer_types == ["full_attention"] * 28 + ["sliding_attention"] * 2
+
+
+@pytest.mark.parametrize("factor", [0, -1])
+def test_a_scaling_factor_that_nothing_can_be_divided_by_is_named(factor, folder):
+    spoil(folder / "config.json", rope_scaling={"rope_type": "linear", "factor": factor})
+    with pytest.raises(ValueError, match=f"config.json: factor is {factor}"):
+        Config.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_number_that_is_not_finite_is_enough_to_refuse_a_tensor(bad, folder):
+    spoil(folder / "model.safetensors", lambda s: s["model.norm.weight"].__setitem__(3, bad))
+    with pytest.raises(ValueError, match="model.norm.weight holds NaN or infinity"):
+        Decoder.from_pretrained(folder)
+
+
+# --- Encoding ----------------------------------------------------------------------------------
+
+
+def test_an_encoder_in_training_encodes_without_dropout(folder):
+    model = LLM2Vec.from_pretrained(folder)
+    expected = model.encode(TEXTS)
+    model.decoder.config.attention_dropout = 0.9
+    assert np.array_equal(model.train().encode(TEXTS), expected)
+
+
+def test_a_loaded_model_is_frozen_and_new_modules_beside_it_are_the_same_each_time(folder):
+    class Pooled(LLM2Vec):
+        def __init__(self, *args, **how):
+            super().__init__(*args, **how)
+            self.query = torch.nn.Linear(8, 1)
+
+    torch.manual_seed(1)
+    first = Pooled.from_pretrained(folder)
+    torch.manual_seed(2)
+    after = torch.rand(3)
+    torch.manual_seed(2)
+    assert torch.equal(Pooled.from_pretrained(folder).query.weight, first.query.weight)
+    assert torch.equal(torch.rand(3), after), "nothing is drawn of the caller's numbers"
+    assert not any(p.requires_grad for p in first.decoder.parameters())
+
+
+def test_how_far_encoding_has_come_is_said_if_asked(folder, capsys):
+    model = LLM2Vec.from_pretrained(folder)
+    model.encode(TEXTS)
+    assert capsys.readouterr().err == ""
+    model.encode(3 * TEXTS, progress=True, max_tokens=1)
+    lines = capsys.readouterr().err.split("\r")[1:]
+    assert lines == [*(f"{n} of 6 texts" for n in range(1, 6)), "6 of 6 texts\n"]
+
+
+@pytest.mark.parametrize(
+    "flags, how",
+    [
+        ([], {"is_causal": None, "adapters": [], "separator": None, "compile": False}),
+        (["--causal"], {"is_causal": True}),
+        (["--bidirectional"], {"is_causal": False}),
+        (["--adapters", "a", "b", "--separator", " "], {"adapters": ["a", "b"], "separator": " "}),
+        (["--template", "mine"], None),
+        (["--dtype", "float8"], None),
+        (["--device", "tpu"], None),
+    ],
+)
+def test_the_flags_of_a_model(flags, how):
+    parser = argparse.ArgumentParser()
+    llm2vec.add_model_flags(parser, required=True)
+    for args in (flags, ["--model", "m", *flags]):
+        if how is None or args is flags:
+            with pytest.raises(SystemExit):
+                parser.parse_args(args)
+        else:
+            given = vars(parser.parse_args(args))
+            assert {name: given[name] for name in how} == how
+
+
+@pytest.mark.parametrize(
+    "line", ["", "encode --model m --input i", "encode --model m --output o", "similar a b"]
+)
+def test_a_command_that_lacks_something_is_refused(line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llm2vec.py", *line.split()])
+    with pytest.raises(SystemExit) as end:
+        llm2vec.main()
+    assert end.value.code == 2 and "required" in capsys.readouterr().err
+
+
+def test_a_text_of_exactly_the_most_tokens_is_not_cut(folder):
+    model = LLM2Vec.from_pretrained(folder)
+    lengths = sorted(len(ids) for ids, _ in model.rows(TEXTS))
+    counts = []
+    for model.max_length in (lengths[1], lengths[1] - 1, lengths[0], lengths[0] - 1):
+        counts.append(count_cut(model, TEXTS, None))
+    assert counts == [0, 1, 1, 2]
+
+
+def test_a_word_in_front_of_every_text_weighs_in_a_text_what_others_do(folder, tmp_path):
+    """Only a token that no text can hold has the weight 0 in an export."""
+    model, out = LLM2Vec.from_pretrained(folder), tmp_path / "out"
+    weights = out / "1_WordWeights" / "config.json"
+    model.save(out)
+    assert weights.exists(), "of BOS"
+    word = model.tokenizer.encode("the").tokens[-1]
+    template = {
+        "single": f"{word} $A",
+        "special_tokens": [(word, model.tokenizer.token_to_id(word))],
+    }
+    model.tokenizer.post_processor = TemplateProcessing(**template)
+    model.save(out)
+    assert not weights.exists()
+    assert np.array_equal(LLM2Vec.from_pretrained(out).encode(TEXTS), model.encode(TEXTS))
+
+
+WINDOWED = ["mistral-window", "qwen2-window", "smollm3-window"]
+
+
+@pytest.mark.parametrize("name", [*WINDOWED, "qwen3", "llama-linear-older", "llama-biased-dynamic"])
+def test_an_export_of_each_family_has_the_config_that_was_read(name, tmp_path):
+    decoder = Decoder.from_pretrained(GOLDEN / name)
+    LLM2Vec(decoder, Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))).save(tmp_path / "out")
+    assert Config.from_pretrained(tmp_path / "out") == decoder.config
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    # A Mistral with this key is a Ministral in transformers; with null, others are not read there.
+    assert ("layer_types" in raw) is (decoder.config.layer_types is not None)
+    assert ("use_sliding_window" in raw) is ("mistral" not in name)
+
+
+def test_a_word_behind_a_prompt_is_cut_as_the_first_of_a_text(folder, tmp_path):
+    """Where a space is put in front of the first word alone, and a prompt before that."""
+    raw = json.loads((INTEROP / "metaspace" / "tokenizer.json").read_text())
+    raw["pre_tokenizer"]["prepend_scheme"] = "first"
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    model, out = LLM2Vec.from_pretrained(folder, pooling="first"), tmp_path / "out"
+    model.save(out)
+    prompts = json.loads((out / "config_sentence_transformers.json").read_text())["prompts"]
+    # sentence-transformers would take a BOS that it knows, and that ends a prompt, for text.
+    assert "bos_token" not in json.loads((out / "tokenizer_config.json").read_text())
+    exported = Tokenizer.from_file(str(out / "tokenizer.json"))
+    for text, (ids, _) in zip(TEXTS, model.rows(TEXTS), strict=True):
+        assert prompts["query"] and exported.encode(prompts["query"] + text).ids == ids

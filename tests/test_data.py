@@ -1,5 +1,6 @@
 """Splitting and cutting text."""
 
+import hashlib
 import time
 
 import pytest
@@ -78,6 +79,15 @@ def test_sentences_lose_no_word():
         assert " ".join(sentences(document)).split() == document.split()
 
 
+def test_who_is_held_out_never_changes():
+    """By the hash of its words, of which the first 32 bits are a multiple of 50."""
+    documents = [f"Document  {i} says\nsomething." for i in range(500)]
+    words = [f"document {i} says something.".encode() for i in range(500)]
+    draws = [int.from_bytes(hashlib.sha256(text).digest()[:4], "big") for text in words]
+    held_out = [text for text, draw in zip(documents, draws, strict=True) if draw % 50 == 0]
+    assert split_documents(documents)[1] == held_out and held_out
+
+
 def test_blocks_are_the_rows_end_to_end():
     rows = [[1, 2, 3], [4], [5, 6, 7, 8]]
     assert torch.equal(cut_into_blocks(rows, 3), torch.tensor([[1, 2, 3], [4, 5, 6]]))
@@ -87,5 +97,16 @@ def test_blocks_are_the_rows_end_to_end():
             yield [1, 2]
 
     assert cut_into_blocks(endless(), 3, limit=2).tolist() == [[1, 2, 1], [2, 1, 2]]
+    numbered = iter([[1, 2], [3, 4], [5, 6], [7, 8]])
+    assert len(cut_into_blocks(numbered, 3, limit=2)) == 2 and next(numbered) == [7, 8]
     with pytest.raises(ValueError, match="8 tokens, too few for one block of 9"):
         cut_into_blocks(rows, 9)
+
+
+def test_a_stray_nul_is_dirt_in_a_text_file_and_elsewhere_a_sign_of_no_text(tmp_path):
+    for name in ("a.txt", "a.md", "a.jsonl"):
+        (tmp_path / name).write_bytes(b"one\0\ntwo and three\n")
+    assert read_documents(tmp_path / "a.txt") == ["one\0", "two and three"]
+    for name in ("a.md", "a.jsonl"):
+        with pytest.raises(ValueError, match=f"{name}: is not text"):
+            read_documents(tmp_path / name)

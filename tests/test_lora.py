@@ -1,12 +1,23 @@
 """Adapters: what they change, what they never touch, and what is said of bad ones."""
 
+import json
+
 import pytest
 import torch
 from helpers import go, small_decoder, spoil, tiny
 from safetensors.torch import load_file, save_file
 
 from llm2vec import LLM2Vec
-from lora import adapted, add_lora, kept, load_adapter, merge_lora, save_adapter
+from lora import (
+    adapted,
+    add_lora,
+    kept,
+    load_adapter,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    trained,
+)
 
 IDS = torch.arange(12).view(2, 6)
 PAIR = {"q_proj", "down_proj"}
@@ -144,6 +155,10 @@ UP = "base_model.model.layers.0.mlp.up_proj.lora_A.weight"
         (lambda s: s.update({UP: s[UP][:, 1:].contiguous()}), r"up_proj.lora_A is \[3, 15\]"),
         (lambda s: s.update({UP.replace("0", "9"): s[UP].clone()}), r"layers\.9\.mlp\.up_proj"),
         (lambda s: s.pop(UP), "layers.0.mlp.up_proj has lora_B, not lora_A"),
+        (
+            lambda s: s.update({k.replace("up_proj", "x"): w.clone() for k, w in s.items()}),
+            "layers.0.mlp.x is not",
+        ),
     ],
 )
 def test_a_broken_adapter_is_named_and_changes_no_model(change, said, tmp_path):
@@ -184,3 +199,77 @@ def test_norms_and_projections_are_targets_together():
     named = [name for name, p in decoder.named_parameters() if p.requires_grad]
     ends = {"norm.weight", "q_norm.weight", "lora_A.weight", "lora_B.weight"}
     assert all(name.endswith(tuple(ends)) for name in named) and len(parameters) == len(named) == 7
+
+
+def test_the_adapter_of_an_unfinished_run_adds_what_it_added_there(tmp_path, capsys):
+    """And a second one is not put over it."""
+    trained, decoder = with_adapters(alpha=5, dropout=0.5), small_decoder().float()
+    save_adapter(trained, tmp_path)
+    (tmp_path / "log.jsonl").touch()
+    load_adapter(decoder, tmp_path)
+    assert "not finished" in capsys.readouterr().err
+    frozen = [name for name, p in decoder.named_parameters() if not p.requires_grad]
+    assert frozen == list(small_decoder().state_dict()), "all but the adapters"
+    torch.testing.assert_close(decoder(IDS), trained(IDS), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="already"):
+        load_adapter(decoder, tmp_path)
+    torch.testing.assert_close(decoder(IDS), trained(IDS), atol=1e-6, rtol=0)
+
+
+REFUSED = ["use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"]
+REFUSED += ["alora_invocation_tokens", "layer_replication", "trainable_token_indices"]
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_peft_has_and_this_has_not_is_refused_by_name(field, tmp_path):
+    save_adapter(with_adapters(), tmp_path)
+    file, decoder = tmp_path / "adapter_config.json", small_decoder()
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {field: True}))
+    with pytest.raises(ValueError, match=field):
+        load_adapter(decoder, tmp_path)
+    del config["lora_dropout"]
+    file.write_text(json.dumps(config | {field: False}))
+    load_adapter(decoder, tmp_path)
+    assert {module.dropout for module in adapted(decoder).values()} == {0}, "as in PEFT"
+
+
+def test_what_trains_has_one_name_in_a_decoder_and_in_its_encoder():
+    """As the files of a run have it: `decoder.` stands before what is the decoder's."""
+    encoder = torch.nn.Module()
+    encoder.decoder, encoder.pooler = with_adapters(), torch.nn.Linear(2, 2, bias=False)
+    inside = {f"decoder.{n}": p for n, p in encoder.decoder.named_parameters() if "lora_" in n}
+    assert trained(encoder.decoder) == inside
+    assert trained(encoder) == inside | {"pooler.weight": encoder.pooler.weight}
+
+
+def test_the_defaults_are_those_of_the_paper():
+    decoder = small_decoder()
+    add_lora(decoder)
+    found = {(m.lora_A.out_features, m.scale, m.dropout) for m in adapted(decoder).values()}
+    assert found == {(16, 32 / 16, 0.05)}
+
+
+def test_what_was_trained_beside_adapters_comes_back_in_a_decoder_and_in_its_encoder(tmp_path):
+    """And weights that are not those of a checkpoint are said to be of none."""
+    made = small_decoder().float()
+    add_lora(made)
+    made.norm.requires_grad_()
+    torch.nn.init.normal_(made.norm.weight)
+    save_adapter(made, tmp_path)
+    encoder, alone = torch.nn.Module(), small_decoder().float()
+    encoder.decoder, encoder.pooler = small_decoder().float(), torch.nn.Linear(2, 2, bias=False)
+    for model, decoder in ((encoder, encoder.decoder), (alone, alone)):
+        decoder.name_or_path = "base"
+        load_adapter(model, tmp_path)
+        assert torch.equal(decoder.norm.weight, made.norm.weight) and decoder.name_or_path is None
+        remove_lora(model)
+        decoder.name_or_path = "base"
+    for more, name in (({}, "base"), ({"decoder.norm.weight": torch.ones(16)}, None)):
+        save_file({"pooler.weight": torch.eye(2)} | more, tmp_path / "extra.safetensors")
+        with pytest.raises(ValueError, match="pooler.weight has no place"):
+            load_adapter(alone, tmp_path)
+        load_adapter(encoder, tmp_path)
+        assert torch.equal(encoder.pooler.weight, torch.eye(2))
+        assert encoder.decoder.name_or_path == name
+        remove_lora(encoder)

@@ -9,6 +9,7 @@ from llm2vec import (
     attention_mask,
     batches_by_length,
     contrastive_loss,
+    cross_entropy,
     mask_tokens,
     mntp_loss,
     pool,
@@ -127,6 +128,7 @@ def test_pooling_by_hand():
     for name, vector in expected.items():
         assert pool(hidden, name, own).item() == pytest.approx(vector)
     assert pool(hidden, torch.tensor([[3.0, 1, 0, 0]])).item() == pytest.approx(5 / 4)
+    assert pool(hidden, torch.tensor([[0.1, 0.1, 0, 0]])).item() == pytest.approx(3 / 2)
     assert pool(hidden, "mean").item() == pytest.approx(107 / 4)
     assert pool(hidden, "mean", torch.zeros(1, 4)).isfinite().all(), "of nothing, too"
     with pytest.raises(ValueError, match="median"):
@@ -192,3 +194,37 @@ def test_contrastive_loss_and_gradient_in_closed_form(n_negatives):
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(query.grad.numpy(), d_query, atol=1e-6)
+
+
+def test_the_loss_of_a_bfloat16_model_is_taken_in_float32():
+    decoder = small_decoder().bfloat16()
+    states, tokens = 4 * torch.randn(9, 16).bfloat16(), torch.randint(50, (9,))
+    logits = decoder.logits(states).double()
+    losses = cross_entropy(decoder, states, tokens)
+    assert losses.dtype == torch.float32
+    expected = logits.logsumexp(1) - logits[torch.arange(9), tokens]
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_defaults_are_those_of_the_paper():
+    """A fifth of the tokens, by BERT's rule; a temperature of 1/20."""
+    ids, draw = torch.randint(50, (40, 90)), lambda: torch.Generator().manual_seed(0)
+    found = mask_tokens(ids, 7, 50, generator=draw())
+    expected = mask_tokens(ids, 7, 50, 0.2, (0.8, 0.1), generator=draw())
+    assert all(map(torch.equal, found, expected))
+    query, positive = torch.randn(2, 5, 8)
+    losses = contrastive_loss(query, positive), contrastive_loss(query, positive, scale=20.0)
+    assert torch.equal(*losses)
+
+
+def test_logits_in_memory_are_bounded(monkeypatch):
+    """Many chosen tokens go through the vocabulary in chunks, few at once."""
+    decoder, rows = small_decoder(), []
+    logits = decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda x: rows.append(len(x)) or logits(x))
+    monkeypatch.setattr("llm2vec.CHUNK", 4 * 50)
+    states, tokens = torch.randn(10, 16).double(), torch.randint(50, (10,))
+    for n, expected in ((4, [4]), (10, [4, 4, 2])):
+        cross_entropy(decoder, states[:n], tokens[:n])
+        assert rows == expected
+        rows.clear()

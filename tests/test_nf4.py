@@ -100,6 +100,13 @@ def test_an_adapter_is_merged_into_the_weights_as_they_were_and_never_into_4_bit
     torch.testing.assert_close(module.weight, before + delta)
 
 
+def test_what_is_stored_in_4_bits_is_frozen():
+    decoder = small_decoder(hidden_size=64)
+    quantize_nf4(decoder)
+    assert decoder.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert not any(p.requires_grad for p in decoder.parameters())
+
+
 def test_what_does_not_fit_is_refused():
     refused("layers.0 has 1020 numbers, not blocks of 64", quantized, nn.Linear(30, 34))
     decoder = small_decoder()

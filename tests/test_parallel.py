@@ -139,6 +139,9 @@ def test_each_process_loads_its_model_onto_its_own_gpu(monkeypatch):
     for device in (None, "cuda", "cuda:1", "cpu"):
         LLM2Vec.from_pretrained(TINY, device=device, dtype=torch.bfloat16)
     assert loaded == [torch.device(name) for name in ("cuda:3", "cuda:3", "cuda:1", "cpu")]
+    monkeypatch.delenv("LOCAL_RANK")
+    LLM2Vec.from_pretrained(TINY, device="cuda", dtype=torch.bfloat16)
+    assert loaded[-1] == torch.device("cuda:0"), "that of a process alone"
 
 
 def test_only_stages_are_shared_out(command, monkeypatch):
