@@ -138,10 +138,10 @@ def stopped(tmp_path_factory) -> Path:
 def test_a_run_of_other_settings_data_or_code_is_refused_by_name(
     name, changes, stopped, tmp_path, monkeypatch
 ):
-    code = write_code(tmp_path, changes.pop("code", ""))
-    monkeypatch.setattr(train, "CODE", code)
-    model = tiny(is_causal=changes.pop("is_causal", False))
-    refused(f"{name} was", lambda: go("mntp", stopped, model=model, **changes))
+    given = {"code": "", "is_causal": False} | changes
+    monkeypatch.setattr(train, "CODE", write_code(tmp_path, given.pop("code")))
+    model = tiny(is_causal=given.pop("is_causal"))
+    refused(f"{name} was", lambda: go("mntp", stopped, model=model, **given))
 
 
 def write_code(folder: Path, more: str) -> list[Path]:
