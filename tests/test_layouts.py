@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,11 +123,10 @@ def test_what_is_no_text_is_refused_by_name(name, content, said, tmp_path):
     refused(f"{name}.*{said}", lambda: list(read_records(str(file))))
 
 
-def test_records_without_text_are_skipped_in_tables_and_arrays_too(tmp_path, capsys):
-    for name, content, place in (("a.csv", b"text\na\n\xff\n", "3"), ("a.json", b'["a", {}]', "2")):
-        assert read_documents(write(tmp_path, name, content), errors="skip") == ["a"]
-        assert f"{name}: skipped 1 lines, the first of them" in (said := capsys.readouterr().err)
-        assert said.split()[-1] == place
+@pytest.mark.parametrize("name, content", [("a.csv", b"text\na\n\xff\n"), ("a.json", b'["a", 1]')])
+def test_records_without_text_are_skipped_in_tables_and_arrays_too(name, content, tmp_path, capsys):
+    assert read_documents(write(tmp_path, name, content), errors="skip") == ["a"]
+    assert f"{name}: skipped 1 lines" in capsys.readouterr().err
 
 
 # --- Pairs -------------------------------------------------------------------------------------
@@ -141,20 +141,21 @@ def passages(texts: list[str]) -> list[dict]:
     return [{"docid": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
 
 
+def numbered(query: str, positive: str, negative: str, second: str, **more) -> Callable:
+    """A row whose negatives are two fields, of these names."""
+    return lambda q, p, n: {query: q, positive: p, negative: n[0], second: n[1]} | more
+
+
 LAYOUTS = {  # what makes a row of a query, a positive and two negatives
     "ours": lambda q, p, n: {"query": q, "positive": p, "negative": n},
     "plural": lambda q, p, n: {"query": q, "positive": [p], "negatives": n, "instruction": None},
-    "sentence-transformers": lambda q, p, n: dict(
-        anchor=q, positive=p, negative_1=n[0], negative_2=n[1], label=1
-    ),
     "FlagEmbedding": lambda q, p, n: {"query": q, "pos": [p], "neg": n, "prompt": ""},
     "Tevatron": lambda q, p, n: (
         {"query": q, "positive_passages": passages([p]), "negative_passages": passages(n)}
     ),
-    "SimCSE": lambda q, p, n: {"sent0": q, "sent1": p, "hard_neg": n[0], "hard_neg2": n[1]},
-    "paraphrases": lambda q, p, n: (
-        {"sentence1": q, "sentence2": p, "neg_1": n[0], "neg_2": n[1], "score": 1.0}
-    ),
+    "sentence-transformers": numbered("anchor", "positive", "negative_1", "negative_2", label=1),
+    "SimCSE": numbered("sent0", "sent1", "hard_neg", "hard_neg2"),
+    "paraphrases": numbered("sentence1", "sentence2", "neg_1", "neg_2", score=1.0),
 }
 CASES = [(layout, "a.jsonl") for layout in LAYOUTS] + [("ours", name) for name in WRITERS][1:6]
 CASES += [("sentence-transformers", "a.csv"), ("SimCSE", "a.tsv"), ("SimCSE", "A.CSV.gz")]
@@ -180,14 +181,13 @@ def test_each_of_several_positives_makes_a_pair_with_all_negatives(tmp_path, cap
 
 
 def test_blanks_are_left_out_and_counted(tmp_path, capsys):
-    changes = [{}, {"query": "", "positive": ""}, {"query": "  "}, {"positive": ""}]
-    changes += [{"positive": []}]
-    changes += [{"negative": x} for x in (["", ""], [], None, "", ["n", " "])]
+    changes = [{}, {"query": "", "positive": ""}, {"query": "  "}, {"positive": []}]
+    changes += [{"negative": x} for x in (["", ""], None, "", ["n", " "])]
     rows = [{"query": "q", "positive": "p"} | change for change in changes]
     [pairs] = read_pairs([write(tmp_path, "a.jsonl", json_lines(rows))])
-    assert [p["negatives"] for p in pairs] == [[], [], [], [], [], ["n"]]
+    assert [p["negatives"] for p in pairs] == [[], [], [], [], ["n"]]
     said = capsys.readouterr().err
-    for words in ("6 pairs, 1 negatives", "left out 4 pairs", "line 2", "4 blank", "line 6"):
+    for words in ("5 pairs, 1 negatives", "left out 3 pairs", "line 2", "4 blank", "line 5"):
         assert words in said
 
 
@@ -207,7 +207,6 @@ def test_a_pair_has_its_own_instruction_or_else_that_of_its_path(tmp_path):
     "row, said",
     [
         ({"label": 0}, "`label` is 0"),
-        ({"label": False}, "`label` is False"),
         ({"label": "neutral"}, "`label` is 'neutral'"),
         ({"score": 3.8}, "`score` is 3.8"),
         ({"anchor": "q"}, "`anchor` is a second query"),

@@ -42,6 +42,13 @@ def after(n: int, call: Callable, then: Callable = die) -> Callable:
     return lambda *args, **how: (then if next(left, None) is None else call)(*args, **how)
 
 
+def killed(monkeypatch, owner, name: str, n: int, stage: str, folder: Path, **how) -> None:
+    """A run that ends when a function is called for the n-th time, from 0."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, after(n, getattr(owner, name)))
+        go(stage, folder, **how)
+
+
 def steps(folder: Path) -> list[int]:
     return [line["step"] for line in log_of(folder)]
 
@@ -70,23 +77,16 @@ def test_killed_runs_end_with_the_same_bits(stage, trials, whole, tmp_path, monk
     draw = random.Random(f"{stage} {trials}")
     for trial in range(trials):
         folder, (owner, name, most) = tmp_path / str(trial), draw.choice(MOMENTS)
-        n = draw.randrange(most)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(owner, name, after(n, getattr(owner, name)))
-            go(stage, folder)
+        killed(monkeypatch, owner, name, draw.randrange(most), stage, folder)
         assert not (folder / "finished").exists()
         go(stage, folder)
-        assert adapter_bytes(folder) == whole[stage], (name, n)
-        assert steps(folder) == list(range(1, 8))
+        assert adapter_bytes(folder) == whole[stage] and steps(folder) == list(range(1, 8))
         assert not list(folder.glob("*.part")) and not list(folder.glob("state-*"))
 
 
 def test_a_line_of_the_log_that_was_cut_off_is_passed_over(whole, tmp_path, monkeypatch):
     """And a state that is spoiled, which a kill or a full disk can't do, is named."""
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        # Behind the settings, the log and three states, each with its adapter.
-        patch.setattr(os, "replace", after(11, os.replace))
-        go("mntp", tmp_path)
+    killed(monkeypatch, os, "replace", 11, "mntp", tmp_path)  # with three states behind it
     (tmp_path / "log.jsonl").write_bytes((tmp_path / "log.jsonl").read_bytes()[:-9])
     [state] = tmp_path.glob("state-*")
     content = state.read_bytes()
@@ -121,9 +121,7 @@ def test_a_full_disk_loses_nothing_that_was_there(writes, whole, tmp_path, monke
 def stopped(tmp_path_factory) -> Path:
     """A run that was killed while it wrote its adapter."""
     folder = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", after(11, os.replace))
-        go("mntp", folder)
+    killed(pytest.MonkeyPatch, os, "replace", 11, "mntp", folder)
     return folder
 
 
@@ -140,10 +138,10 @@ def stopped(tmp_path_factory) -> Path:
 def test_a_run_of_other_settings_data_or_code_is_refused_by_name(
     name, changes, stopped, tmp_path, monkeypatch
 ):
-    code = write_code(tmp_path, changes.pop("code", ""))
-    monkeypatch.setattr(train, "CODE", code)
-    model = tiny(is_causal=changes.pop("is_causal", False))
-    refused(f"{name} was", lambda: go("mntp", stopped, model=model, **changes))
+    given = {"code": "", "is_causal": False} | changes
+    monkeypatch.setattr(train, "CODE", write_code(tmp_path, given.pop("code")))
+    model = tiny(is_causal=given.pop("is_causal"))
+    refused(f"{name} was", lambda: go("mntp", stopped, model=model, **given))
 
 
 def write_code(folder: Path, more: str) -> list[Path]:
@@ -163,9 +161,7 @@ def test_what_changes_memory_or_words_alone_may_change(stopped, whole, tmp_path,
 
 
 def test_a_run_that_has_no_state_yet_may_begin_with_other_settings(whole, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "learning_rate", die)
-        go("mntp", tmp_path, seed=3)
+    killed(monkeypatch, train, "learning_rate", 0, "mntp", tmp_path, seed=3)
     go("mntp", tmp_path)
     assert adapter_bytes(tmp_path) == whole["mntp"] and steps(tmp_path) == list(range(1, 8))
 
@@ -186,8 +182,8 @@ def test_twenty_processes_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     """With dropout, in several parts a step, from a state of every step."""
     done = python(__file__, tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    same, killed = map(int, done.stdout.split())
-    assert same == 20 and killed > 15, "a few may be done before"
+    same, stopped = map(int, done.stdout.split())
+    assert same == 20 and stopped > 15, "a few may be done before"
 
 
 def kill_twenty(root: Path) -> None:
@@ -201,20 +197,21 @@ def kill_twenty(root: Path) -> None:
             os._exit(0)
         return child
 
-    draw, same, killed = random.Random(0), 0, 0
-    for stage in ("mntp", "simcse"):
-        assert os.waitpid(start(stage, root / stage), 0)[1] == 0
-        for trial in range(10):
-            folder, lines = root / f"{stage}-{trial}", draw.randrange(7)
-            child, log = start(stage, folder), folder / "log.jsonl"
+    draw, same, stopped = random.Random(0), 0, 0
+    for trial in range(-2, 20):  # at first, one of each stage that is not killed
+        stage = ("mntp", "simcse")[trial % 2]
+        folder, lines = root / (stage if trial < 0 else str(trial)), draw.randrange(7)
+        child, log = start(stage, folder), folder / "log.jsonl"
+        if trial >= 0:
             while not log.exists() or log.read_text().count("\n") < lines:
                 time.sleep(0.001)
             time.sleep(draw.uniform(0, 0.03))  # less than a step
             os.kill(child, signal.SIGKILL)
-            killed += os.waitpid(child, 0)[1] == signal.SIGKILL
-            assert os.waitpid(start(stage, folder), 0)[1] == 0
-            same += adapter_bytes(folder) == adapter_bytes(root / stage)
-    print(same, killed)
+            stopped += os.waitpid(child, 0)[1] == signal.SIGKILL
+            child = start(stage, folder)
+        assert os.waitpid(child, 0)[1] == 0
+        same += trial >= 0 and adapter_bytes(folder) == adapter_bytes(root / stage)
+    print(same, stopped)
 
 
 if __name__ == "__main__":
