@@ -30,7 +30,7 @@ TESTS = {  # the quick ones first; of another file in data/: the last
     "lora.py": "lora golden interop nf4 checkpoints hostile",
     "train.py": "loop supervised parallel people",
     "data/runs.py": "loop people resume",
-    "data": "layouts data golden interop checkpoints hostile supervised",
+    "data": "layouts data golden interop checkpoints hostile supervised encoder people",
 }
 PAIRS = "Lt LtE Gt GtE Eq NotEq Is IsNot In NotIn Add Sub Mult Div BitAnd BitOr And Or FloorDiv Mod"
 PAIRS = f"{PAIRS} min max any all amin amax clamp_min clamp_max".split()
