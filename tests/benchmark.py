@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from timeit import timeit
@@ -36,7 +37,7 @@ from llm2vec import LLM2Vec, has_bfloat16
 from llm2vec_data.benchmarks import STSB_TEST, read_sts
 from llm2vec_data.checkpoints import TINY
 from llm2vec_data.compare import table
-from llm2vec_data.corpus import WIKIPEDIA
+from llm2vec_data.corpus import WIKIPEDIA, cut_into_blocks
 from lora import add_lora
 from train import STAGES, Batches
 
@@ -51,8 +52,7 @@ DROPOUT = {"attention_dropout": 0.3}  # of SimCSE
 def texts_of(task: str) -> list[str]:
     if task == "stsb":
         _, *sides = read_sts(STSB_TEST)
-        both = (text for pair in zip(*sides, strict=True) for text in pair)
-        return list(dict.fromkeys(both))[:1000]
+        return list(dict.fromkeys(sum(zip(*sides, strict=True), ())))[:1000]
     lines = WIKIPEDIA.read_text(encoding="utf-8").splitlines()
     documents = [json.loads(line)["text"] for line in lines][::9]
     if task in ("wikipedia", "mntp"):
@@ -69,8 +69,8 @@ def ours(task: str, model: Path, max_tokens: int, dtype: torch.dtype) -> Callabl
     texts, stage = texts_of(task), STAGES.get(task.partition("-")[0])
     if stage is None:
         return lambda: encoder.encode(texts)
-    how = {"batch": BLOCKS[0], "steps": 1} if task == "mntp" else {"batch": len(texts)} | DROPOUT
-    how |= {"split": "line"} if task != "mntp" else {}
+    how = {"batch": len(texts), "split": "line"} | DROPOUT
+    how = {"batch": BLOCKS[0], "steps": 1} if task == "mntp" else how
     settings = replace(stage.presets["paper"], length=128, max_tokens=max_tokens, **how)
     data, backward = stage.task(encoder, texts, settings := settings.for_model(encoder))
     encoder.decoder.config.attention_dropout = settings.attention_dropout
@@ -88,10 +88,10 @@ def reference(task: str, model: str) -> Callable[[], object]:
     if task == "mntp":
         decoder = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(**LORA))
         return masked_step(decoder, AutoTokenizer.from_pretrained(model))
-    texts, how = texts_of(task), {} if task in ENCODING else {"config_kwargs": DROPOUT}
-    encoder = SentenceTransformer(model, device="cpu", **how)
+    texts = texts_of(task)
     if task in ENCODING:
-        return lambda: encoder.encode(texts, batch_size=32)
+        return partial(SentenceTransformer(model, device="cpu").encode, texts, batch_size=32)
+    encoder = SentenceTransformer(model, device="cpu", config_kwargs=DROPOUT)
     encoder.max_seq_length = 128
     encoder.add_adapter(LoraConfig(**LORA))
     loss = losses.MultipleNegativesRankingLoss(encoder)
@@ -110,9 +110,8 @@ def step(model: nn.Module, backward: Callable[[], object]) -> Callable[[], objec
 
 def masked_step(decoder: nn.Module, tokenizer) -> Callable[[], object]:
     """An MNTP step of a model of transformers, which shifts the labels by itself."""
-    encodings = tokenizer(texts_of("mntp"), add_special_tokens=False).encodings
-    ids = [i for encoding in encodings for i in encoding.ids]
-    batch = torch.tensor(ids[: BLOCKS[0] * BLOCKS[1]]).view(BLOCKS)
+    rows = tokenizer(texts_of("mntp"), add_special_tokens=False)["input_ids"]
+    batch = cut_into_blocks(rows, length=BLOCKS[1], limit=BLOCKS[0])
 
     def backward() -> None:
         chosen = torch.rand(batch.shape) < MASK_RATE
@@ -128,8 +127,8 @@ def masked_step(decoder: nn.Module, tokenizer) -> Callable[[], object]:
 def work(kind: str, task: str, model: Path, max_tokens: int) -> None:
     """The process of one round: prints its seconds and its peak memory in MiB (Linux)."""
     torch.manual_seed(0)
-    is_ours = kind in DTYPES
-    once = ours(task, model, max_tokens, DTYPES[kind]) if is_ours else reference(task, str(model))
+    dtype = DTYPES.get(kind)
+    once = ours(task, model, max_tokens, dtype) if dtype else reference(task, str(model))
     if task != "simcse-512":  # which is long enough to need no warm-up
         once()
     seconds = timeit(once, number=1)
@@ -141,10 +140,9 @@ def work(kind: str, task: str, model: Path, max_tokens: int) -> None:
 def race(args: argparse.Namespace, exported: Path) -> None:
     model = LLM2Vec.from_pretrained(args.model, dtype=torch.float32, device="cpu")
     model.save(exported)
-    with_bfloat16 = has_bfloat16("cpu")  # else it takes six times as long
-    folders = dict.fromkeys(DTYPES if with_bfloat16 else ["ours"], args.model)
-    folders["reference"] = exported
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    ours = DTYPES if has_bfloat16("cpu") else ["ours"]  # else it takes six times as long
+    folders = dict.fromkeys(ours, args.model) | {"reference": exported}
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     for task in args.tasks:
         found, rows = {kind: [] for kind in folders}, {}
         for kind in args.rounds * list(folders):
@@ -152,15 +150,13 @@ def race(args: argparse.Namespace, exported: Path) -> None:
             command += ["--tasks", task, "--max-tokens", str(args.max_tokens)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[kind].append([float(x) for x in done.stdout.splitlines()[-1].split()])
-        tokens = sum(min(512, len(e)) for e in model.tokenizer.encode_batch(texts_of(task)))
-        tokens = BLOCKS[0] * BLOCKS[1] if task == "mntp" else tokens
         for kind, rounds in found.items():
             seconds, peak = map(median, zip(*rounds, strict=True))
             first, memory = map(median, zip(*found["ours"], strict=True))
             rows[kind] = {f"{task}: s": seconds, "times ours": seconds / first, "peak MiB": peak}
-            rows[kind] |= {"times its memory": peak / memory, "tokens/s": tokens / seconds}
+            rows[kind]["times its memory"] = peak / memory
         print(table(rows), flush=True)
-        if task in ENCODING and with_bfloat16:
+        if task in ENCODING and "bfloat16" in folders:
             show_rounding(args.model, exported, texts_of(task))
 
 
