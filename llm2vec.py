@@ -633,7 +633,8 @@ class LLM2Vec(nn.Module):
         Each is a folder, or a name on the Hugging Face hub. The folder of an encoder has its
         pooling, max_length, is_causal, separator and include_prompt; else the defaults are "mean",
         512, False, a line break and False. The authors' models have a space as the separator.
-        template: two strings, for before and after every text, or a name in checkpoints.TEMPLATES.
+        template: two strings, for before and after every text, or a name in checkpoints.TEMPLATES;
+        by default that of the folder, or of the last run folder among the adapters.
         device: by default the first of cuda, mps and cpu that the machine has. dtype: by default
         bfloat16 on a GPU that supports it, else float32.
         """
@@ -652,7 +653,9 @@ class LLM2Vec(nn.Module):
         given = {"pooling": pooling, "max_length": max_length, "is_causal": is_causal}
         given |= {"separator": separator, "include_prompt": include_prompt}
         options |= {name: value for name, value in given.items() if value is not None}
-        tokenizer = load_tokenizer(folder, template)  # its errors come before weights are read
+        trained = [a for a in adapters if (a / "settings.json").exists()]  # run folders
+        trained = [a for a in trained if (a / "tokenizer.json").exists() and template is None]
+        tokenizer = load_tokenizer([folder, *trained][-1], template)  # before the weights are read
         decoder = Decoder.from_pretrained(path_or_name, dtype, device)
         decoder.config.is_causal = options.pop("is_causal")  # False: this is all of step 1
         with torch.random.fork_rng(devices=()):  # new modules get the same weights each time

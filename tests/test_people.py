@@ -60,9 +60,13 @@ def test_an_encoder_stays_what_its_folder_says(stage, tmp_path, command):
 
 
 def test_a_run_that_is_given_as_an_adapter_says_how_it_was_trained(tmp_path):
-    go("simcse", tmp_path, tiny(is_causal=True), pooling="last")
-    model = LLM2Vec.from_pretrained(TINY, [tmp_path])
+    asked = tiny(6, is_causal=True, template="one-word")
+    go("simcse", tmp_path, asked, pooling="last", length=40)
+    model = LLM2Vec.from_pretrained(TINY, [tmp_path], dtype=torch.float32)
     assert model.pooling == "last" and model.decoder.config.is_causal
+    np.testing.assert_array_equal(model.encode(["a text"]), asked.encode(["a text"]))
+    model = LLM2Vec.from_pretrained(TINY, [tmp_path], template="endoftext")
+    assert len(model.tokenizer.encode("a").ids) == 2
     model = LLM2Vec.from_pretrained(TINY, [tmp_path], pooling="mean", is_causal=False)
     assert model.pooling == "mean" and not model.decoder.config.is_causal
 
