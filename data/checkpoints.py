@@ -419,8 +419,8 @@ def add_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
     for marker in re.findall(r"<\|\w+\|>", opening + closing):
         if tokenizer.token_to_id(marker) is None:
             raise ValueError(f"has no token {marker}, which the template needs")
-    if tokenizer.token_to_id(closing.strip(" ")) is not None:
-        closing = closing.strip(" ")
+    markers = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    closing = closing.strip(" ") if closing.strip(" ") in markers else closing
     # Sentencepiece puts a space before its input. A line break before `closing` prevents this.
     spaced = tokenizer.encode("a").tokens[len(bos)].startswith("▁")
     before = "\n" if spaced else ""

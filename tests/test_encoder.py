@@ -355,7 +355,8 @@ def test_what_starts_every_text_starts_it_once(tmp_path, mistral):
 
 
 @pytest.mark.parametrize(
-    "before, after", [("query: ", ""), ("So: ", " means:"), ("", "?"), ('A "', '" is "the"')]
+    "before, after",
+    [("query: ", ""), ("So: ", " means:"), ("", "?"), ("", " and"), ('A "', '" is "the"')],
 )
 def test_any_text_goes_around_every_text_and_is_never_cut(before, after, mistral):
     """As one reads it, where no token joins the parts; for both kinds of tokenizers."""
