@@ -15,7 +15,8 @@ is not shown on the page. This one describes a table:
 files      names of files; a row comes from the first file that has it
 columns    scores, a list, or an object with a heading for each one
 rows       the same for rows, in this order (default: all); "NAME | ROW" is the row of one file
-range      columns that also show the lowest and the highest seed, after the mean
+range      columns that also show the lowest and the highest seed, after the mean; each cell is the
+           mean over the seeds that have its score
 title      heading of the rows
 printed    true: the table as `python train.py` prints it, with all scores, instead of columns
 
@@ -27,13 +28,14 @@ with `| lowest` or `| highest` that seed (not in a table: there, each `|` ends a
 
 import argparse
 import json
+import math
 import re
 import sys
 from itertools import zip_longest
 from pathlib import Path
 
 from llm2vec_data.commands import cli
-from llm2vec_data.compare import Rows, over_seeds, read_results, scores_of, spread, table
+from llm2vec_data.compare import Rows, over_seeds, read_results, spread, table
 from llm2vec_data.disk import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +50,10 @@ KEYS = {"title", "files", "columns", "rows", "range", "printed"}
 
 def shown(value: float, score: str) -> str:
     """A score with three digits and no zero before the point; seconds as a whole number."""
-    return f"{value:.0f}" if score == "seconds" else re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
+    if score == "seconds":
+        return f"{value:.0f}"
+    digits = 3 if abs(value) < 1 else max(0, 2 - int(math.log10(abs(value))))
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
 
 
 def row_of(files: dict[str, Rows], name: str) -> list[dict[str, float]]:
@@ -74,11 +79,12 @@ def make_table(mark: dict, folder: Path) -> str:
     rows = [(heading, row_of(files, name)) for name, heading in names.items()]
     ranges = mark.get("range", [])
     for score in (*columns, *ranges):
-        if not any(score in scores_of(seeds) for _, seeds in rows):
+        if not any(score in one for _, seeds in rows for one in seeds):
             raise ValueError(f"{', '.join(files)}: no row of this table has the score {score!r}")
 
     def cell(seeds: list[dict[str, float]], score: str) -> str:
-        if score not in scores_of(seeds):
+        seeds = [one for one in seeds if score in one]
+        if not seeds:
             return ""
         mean, low, high = (shown(value, score) for value in spread(seeds, score))
         return f"{mean} ({low} to {high})" if score in ranges and len(seeds) > 1 else mean
@@ -98,7 +104,8 @@ def make_number(mark: str, folder: Path) -> str:
         raise ValueError(f"{mark!r}: expected FILE | ROW | SCORE, perhaps | lowest or | highest")
     file, row, score, kind = parts
     seeds = row_of({file: read_results(folder / f"{file}.json")}, row)
-    if score not in scores_of(seeds):
+    seeds = [one for one in seeds if score in one]
+    if not seeds:
         raise ValueError(f"{file}: row {row!r} has no score {score!r}")
     return shown(spread(seeds, score)[kinds.index(kind)], score)
 
