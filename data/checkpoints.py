@@ -354,18 +354,19 @@ def read_pairs_of_matrices(file: Path) -> dict[str, tuple[str, dict[str, Tensor]
 # began each document in pre-training: a causal model puts unneeded attention on its first token
 # (Xiao et al. 2023, arXiv 2309.17453), and that should not be a word of the text.
 START = "<|endoftext|>"
+ONE_WORD = '" The meaning of the sentence in one word: "'
 TEMPLATES = {
     "endoftext": (START, ""),
     # The chat markers that the authors put around every input of an instruct model.
     "mistral": ("[INST]", " [/INST]"),  # Mistral-Instruct, Llama-2-chat
     "llama-3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    # PromptEOL (Jiang et al. 2023, arXiv 2307.16645): a causal instruct model is asked for the text
-    # in one word, and its last state is the vector. The second template gives an example first.
-    "one-word": (f'{START}This sentence : "', '" means in one word:"'),
+    # A causal instruct model is asked for the text in one word, and its last state is the vector:
+    # PromptEOL (Jiang et al. 2023, arXiv 2307.16645), in the words that suit SmolLM2 best on STS-B
+    # dev. The second template shows an example first.
+    "one-word": (f'{START}Sentence: "', ONE_WORD),
     "one-word-example": (
-        f'{START}This sentence : "A man is playing on a guitar and singing." means in one word:'
-        '"Music". This sentence : "',
-        '" means in one word:"',
+        f'{START}Sentence: "A man sings and plays the guitar.{ONE_WORD}Music"\nSentence: "',
+        ONE_WORD,
     ),
 }
 Template = str | tuple[str, str]  # a name in TEMPLATES, or the text before and the text after
