@@ -8,13 +8,14 @@
 """How fast this is, side by side with what people use today, on a CPU or on a GPU.
 
     python tests/benchmark.py --model data/models/smollm2-135m [--tasks stsb mntp] [--rounds 1]
-    python tests/benchmark.py --device cuda --model smollm2 --llm2vec PYTHON
+    python tests/benchmark.py --device cuda --model smollm2 --llm2vec FOLDER
 
 --model is a folder, or `mistral-7b` or `smollm2` for random weights of that shape. The contenders:
 
 here        this project; on a CPU also in bfloat16, where the hardware multiplies it
 packages    sentence-transformers, and for MNTP transformers with PEFT
-llm2vec     the authors' package, if PYTHON belongs to an environment with llm2vec 0.2.3
+llm2vec     the authors' package, if FOLDER has it: pip install --target FOLDER --no-deps
+            llm2vec==0.2.3 transformers==4.44.2 tokenizers==0.19.1 huggingface_hub==0.36.2
 
 They take turns, each round in a process of its own, with the same weights, texts and threads, on a
 CPU in float32, on a GPU in bfloat16. Medians are printed, as multiples of this project's; --output
@@ -25,6 +26,7 @@ small model. tests/README.md has the commands for a machine without a network.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -98,7 +100,7 @@ def packages(job: Job) -> Callable[[], object]:
 
 
 def llm2vec(job: Job) -> Callable[[], object]:
-    """The authors' package, in an environment of its own."""
+    """The authors' package, with its older transformers."""
     import torch.distributed.tensor  # noqa: F401 (peft uses it without importing it)
     from peft import LoraConfig, get_peft_model
 
@@ -254,12 +256,11 @@ def race(args: argparse.Namespace, scratch: Path) -> None:
     run = describe("python tests/benchmark.py", model)
     run["weights"] = weights or run["weights"]
     del model
-    kinds = {"here": (sys.executable, scratch / "model")}
-    kinds |= {"bfloat16": kinds["here"]} if not gpu and has_bfloat16("cpu") else {}
-    kinds["packages"] = kinds["here"]
+    kinds = ["here", "packages"]
+    kinds[1:1] = ["bfloat16"] if not gpu and has_bfloat16("cpu") else []
     if args.llm2vec:
         write_older(scratch / "model", scratch / "older")
-        kinds["llm2vec"] = (args.llm2vec, scratch / "older")
+        kinds.append("llm2vec")
     scores = run["rows"] = {kind: [{}] for kind in kinds}
     for task in args.tasks:
         found = {kind: [] for kind in kinds}
@@ -267,11 +268,13 @@ def race(args: argparse.Namespace, scratch: Path) -> None:
         same |= {"texts": texts_of(task, sentences)[: 20 if dry else None], "blocks": blocks}
         same |= {"warm_up": 2, "times": 5} if gpu else {"warm_up": 1, "times": 1}
         for kind in args.rounds * list(found):
-            python, folder = kinds[kind]
+            folder, env = scratch / "model", dict(os.environ)
+            if kind == "llm2vec":
+                folder, env["PYTHONPATH"] = scratch / "older", args.llm2vec
             job = {"kind": kind, "folder": str(folder), "max_tokens": args.max_tokens} | same
             (scratch / "job.json").write_text(json.dumps(job))
-            command = [python, __file__, "--worker", scratch / "job.json"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, __file__, "--worker", scratch / "job.json"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
             if done.returncode == 0:
                 found[kind].append([float(x) for x in done.stdout.splitlines()[-1].split()])
             else:
@@ -321,7 +324,7 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=8192, help="in one pass, of this project")
-    parser.add_argument("--llm2vec", metavar="PYTHON", help="Python that has llm2vec 0.2.3")
+    parser.add_argument("--llm2vec", metavar="FOLDER", help="folder with llm2vec 0.2.3")
     parser.add_argument("--output", help="results file to add to")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
