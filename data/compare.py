@@ -118,6 +118,16 @@ def spread(seeds: list[dict[str, float]], score: str) -> tuple[float, float, flo
     return float(np.mean(values)), min(values), max(values)
 
 
+def row_of(files: dict[str, Rows], name: str) -> list[dict[str, float]]:
+    """The scores of each seed of a row: "FILE | ROW", or the first row of that name."""
+    file, _, row = name.rpartition(" | ")
+    found = [rows[row] for key, rows in files.items() if file in ("", key) and row in rows]
+    if not found:
+        names = ", ".join(f"{row!r}" for rows in files.values() for row in rows)
+        raise ValueError(f"{', '.join(files)}: no row {name!r}; there are {names}")
+    return found[0]
+
+
 def over_seeds(rows: Rows) -> dict[str, dict[str, float]]:
     """The scores of one seed; for several seeds the mean, and the range in two more rows."""
     return {

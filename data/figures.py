@@ -27,10 +27,9 @@ from llm2vec import LLM2Vec, pad, tokenize
 from llm2vec_data.benchmarks import held_out_of, mask_id_of
 from llm2vec_data.checkpoints import TINY
 from llm2vec_data.commands import cli
-from llm2vec_data.compare import read_results, scores_of, spread
+from llm2vec_data.compare import read_results, row_of, spread
 from llm2vec_data.corpus import WIKIPEDIA, sentences
 from llm2vec_data.disk import reading, write_whole
-from llm2vec_data.results import row_of
 
 try:
     import matplotlib
@@ -166,6 +165,11 @@ def svg(figure: Figure) -> str:
     return picture.replace("</style>", css + "</style>").replace("'DejaVu Sans', sans-serif", FONTS)
 
 
+def label(mean: float, low: float, high: float, digits: str) -> str:
+    """A score as a bar shows it: with its range, if there is one."""
+    return f"{mean:{digits}}" + (f" ({low:{digits}} to {high:{digits}})" if low < high else "")
+
+
 def bars(ax: Axes, rows: dict[str, tuple], x: float, unit: float, best: str, digits: str) -> None:
     """A bar for each row, from x on; a score of 1 is `unit` long. The bar of `best` is orange.
 
@@ -175,10 +179,9 @@ def bars(ax: Axes, rows: dict[str, tuple], x: float, unit: float, best: str, dig
         y, width, colour = 12 + 24 * k, max(2, unit * mean), ORANGE if name == best else BLUE
         ax.barh(y, width, 10, left=x, color=colour, ec=colour, lw=4, joinstyle="round")
         ax.text(x - 10, y + 4, name, color=INK, ha="right")
-        text = format(mean, digits)
         if low < high:
             ax.hlines(y, x + unit * low, x + unit * high, INK, lw=2)
-            text += f" ({low:{digits}} to {high:{digits}})"
+        text = label(mean, low, high, digits)
         ax.text(x + max(width, unit * high) + 8, y + 4, text, color=colour)
 
 
@@ -284,7 +287,7 @@ def draw_layers(args: argparse.Namespace) -> Figure:
 
 
 def draw_curves(args: argparse.Namespace) -> Figure:
-    logs = read_log(args.run)
+    logs = {name: points for run in args.run for name, points in read_log(run).items()}
     figure = new_figure(410 if len(logs) == 1 else 830, 276 * math.ceil(len(logs) / 2))
     for n, (title, points) in enumerate(logs.items()):  # two in a row
         place = (44 + 420 * (n % 2), 54 + 276 * (n // 2), 340, 184)
@@ -297,12 +300,24 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     return figure
 
 
-def draw_bars(args: argparse.Namespace) -> Figure:
+def read_spreads(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
+    """Mean, lowest and highest score of each row of a results file."""
     rows, score = read_results(args.table), args.score
-    chosen = {name: row_of({args.table: rows}, name) for name in args.rows or rows}
-    spreads = {n: spread(seeds, score) for n, seeds in chosen.items() if score in scores_of(seeds)}
-    if not spreads:
+    chosen = {name: row_of({str(args.table): rows}, name) for name in args.rows or rows}
+    having = {name: [one for one in seeds if score in one] for name, seeds in chosen.items()}
+    if not any(having.values()):
         raise ValueError(f"{args.table}: no row has the score {score}")
+    return {name: spread(seeds, score) for name, seeds in having.items() if seeds}
+
+
+def bar_labels(args: argparse.Namespace) -> list[str]:
+    """The names and numbers that `draw_bars` writes."""
+    spreads = read_spreads(args)
+    return [*spreads, *(label(*numbers, ".3f") for numbers in spreads.values())]
+
+
+def draw_bars(args: argparse.Namespace) -> Figure:
+    spreads, score = read_spreads(args), args.score
     best, height = max(spreads, key=spreads.get), 24 * len(spreads)
     figure = new_figure(830, 54 + height)
     ax = panel(figure, (0, 54, 830, height), args.title or score)
@@ -328,7 +343,8 @@ def main() -> None:
     layers.add_argument("--output", default="layers.svg")
     curves = commands.add_parser("curves", help="the loss of a run by step")
     curves.set_defaults(draw=draw_curves)
-    curves.add_argument("run", metavar="RUN", help="run folder, or a folder of run folders")
+    text = "run folders, or a folder of run folders"
+    curves.add_argument("run", nargs="+", metavar="RUN", help=text)
     curves.add_argument("--output", help="(default: RUN/curves.svg)")
     table = commands.add_parser("bars", help="a score of each row of a table")
     table.set_defaults(draw=draw_bars)
@@ -338,7 +354,7 @@ def main() -> None:
     table.add_argument("--title", help="(default: the name)")
     table.add_argument("--output", default="bars.svg")
     args = parser.parse_args()
-    file = Path(args.output or f"{args.run}/curves.svg")
+    file = Path(args.output or f"{args.run[0]}/curves.svg")
     write_whole(file, svg(args.draw(args)).encode())
     print(file)
 

@@ -1,6 +1,6 @@
 """Write measured numbers into the READMEs, so that none of them differs from its file.
 
-    python -m data.results             rewrites the tables and numbers that are marked
+    python -m data.results             rewrites the marked tables and numbers, and draws pictures
     python -m data.results --check     changes nothing; lists differences, with exit status 1
 
 The files are data/results/NAME.json, in the format of data/compare.py. A mark is a comment, which
@@ -24,6 +24,11 @@ And this one, in a sentence, describes the number after it. Of several seeds it 
 with `| lowest` or `| highest` that seed (not in a table: there, each `|` ends a cell):
 
     SimCSE ends at <!--= smollm2 | + simcse | stsb-test -->.714.
+
+The third kind describes the picture after it. It has a bar for each row:
+
+    <!-- bars {"file": "smollm2", "score": "stsb-test", "title": "STS-B", "rows": ["+ mntp"]} -->
+    ![STS-B by step](data/pictures/results.svg)
 """
 
 import argparse
@@ -35,14 +40,16 @@ from itertools import zip_longest
 from pathlib import Path
 
 from llm2vec_data.commands import cli
-from llm2vec_data.compare import Rows, over_seeds, read_results, spread, table
+from llm2vec_data.compare import over_seeds, read_results, row_of, spread, table
 from llm2vec_data.disk import write_whole
+from llm2vec_data.figures import bar_labels, draw_bars, svg
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "data/README.md", "tests/README.md")
 MARK = re.compile(
     r"<!-- table\s(?P<table>.*?)-->\n(?P<lines>.*?)(?=<!-- end -->)"
-    r"|<!--= (?P<number>[^\n]*?) -->(?P<digits>(?:-?\d*\.?\d+)?)",
+    r"|<!--= (?P<number>[^\n]*?) -->(?P<digits>(?:-?\d*\.?\d+)?)"
+    r"|<!-- bars\s(?P<bars>.*?)-->\n!\[[^\]]*\]\((?P<picture>[^)]+)\)",
     re.DOTALL,
 )
 KEYS = {"title", "files", "columns", "rows", "range", "printed"}
@@ -54,16 +61,6 @@ def shown(value: float, score: str) -> str:
         return f"{value:.0f}"
     digits = 3 if abs(value) < 1 else max(0, 2 - int(math.log10(abs(value))))
     return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
-
-
-def row_of(files: dict[str, Rows], name: str) -> list[dict[str, float]]:
-    """The scores of each seed of a row: "FILE | ROW", or the first row of that name."""
-    file, _, row = name.rpartition(" | ")
-    found = [rows[row] for key, rows in files.items() if file in ("", key) and row in rows]
-    if not found:
-        names = ", ".join(f"{row!r}" for rows in files.values() for row in rows)
-        raise ValueError(f"{', '.join(files)}: no row {name!r}; there are {names}")
-    return found[0]
 
 
 def make_table(mark: dict, folder: Path) -> str:
@@ -110,21 +107,31 @@ def make_number(mark: str, folder: Path) -> str:
     return shown(spread(seeds, score)[kinds.index(kind)], score)
 
 
-def rewrite(page: str, text: str, folder: Path) -> tuple[str, list[str]]:
+def rewrite(page: str, text: str, folder: Path, draw: bool = False) -> tuple[str, list[str]]:
     """The text of a page with the numbers from the files in `folder`; a line for each difference.
 
+    draw: also draw the pictures that lack a number.
     Raises ValueError, which names page and line, for a mark that can't be read.
     """
     differences, marks = [], {mark.start() for mark in MARK.finditer(text)}
-    for start in re.finditer(r"<!-- table\s|<!--=", text):
+    for start in re.finditer(r"<!-- (?:table|bars)\s|<!--=", text):
         if start.start() not in marks:
             number = text.count("\n", 0, start.start()) + 1
             raise ValueError(f"{page}, line {number}: a mark without its end, or in another one")
 
     def replace(mark: re.Match) -> str:
-        part = "lines" if mark["table"] else "digits"
-        first = text.count("\n", 0, mark.start(part)) + 1
+        part = "lines" if mark["table"] else "digits" if mark["number"] else "picture"
+        first, new = text.count("\n", 0, mark.start(part)) + 1, mark[part]
         try:
+            if mark["bars"]:
+                bars = argparse.Namespace(**json.loads(mark["bars"]))
+                bars.table, picture = folder / f"{bars.file}.json", (ROOT / page).parent / new
+                drawn = picture.read_text(encoding="utf-8") if picture.exists() else ""
+                lacks = [label for label in bar_labels(bars) if f">{label}</text>" not in drawn]
+                differences.extend(f"{page}, line {first}: {new} lacks {label}" for label in lacks)
+                if lacks and draw:
+                    write_whole(picture, svg(draw_bars(bars)).encode())
+                return mark[0]
             if mark["table"]:
                 new = make_table(json.loads(mark["table"]), folder)
             else:
@@ -148,7 +155,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help=text)
     check = parser.parse_args().check
     texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
-    done = {page: rewrite(page, text, ROOT / "data" / "results") for page, text in texts.items()}
+    files = ROOT / "data" / "results"
+    done = {page: rewrite(page, text, files, not check) for page, text in texts.items()}
     for page, (text, differences) in done.items():
         print(*differences, sep="\n", end="\n" if differences else "")
         if text != texts[page] and not check:
