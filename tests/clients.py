@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "transformers==5.23.*", "sentence-transformers[train]==6.2.*", "mteb==2.*", "sentencepiece",
-#     "torch", "numpy", "safetensors", "tokenizers", "pip", "cmake",
+#     "pytest", "torch", "numpy", "safetensors", "tokenizers", "pip", "cmake",
 # ]
 # ///
 """Exported folders, taken to the clients that read them, run live.
@@ -36,10 +36,10 @@ import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-import checkout
 import mteb
 import numpy as np
 from datasets import Dataset
+from helpers import ROOT, finish, report
 from mteb.abstasks import AbsTaskSTS
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -53,7 +53,7 @@ from llm2vec_data.benchmarks import STSB_DEV, STSB_TEST, read_sts, sts
 from llm2vec_data.checkpoints import TINY
 from llm2vec_data.corpus import WIKIPEDIA, read_documents
 
-LLAMA = checkout.ROOT / "runs" / "llama.cpp"
+LLAMA = ROOT / "runs" / "llama.cpp"
 PACKAGE = "llama-cpp-python==0.3.36"
 # Whitespace, numbers, scripts, and signs of several bytes: where tokenizers may disagree.
 ODD = [
@@ -68,14 +68,6 @@ ODD = [
     "ALLCAPS camelCase",
     ".",
 ]
-failed = []
-
-
-def check(name: str, value: float, holds: bool) -> None:
-    """Print a number, and remember the name if it is not as it should be."""
-    if not holds:
-        failed.append(name)
-    print(f"{'ok    ' if holds else 'FAILED'}  {value:.7f}  {name}", flush=True)
 
 
 def same(name: str, ours: np.ndarray, theirs: np.ndarray, lowest: float = 0.9999) -> None:
@@ -83,7 +75,7 @@ def same(name: str, ours: np.ndarray, theirs: np.ndarray, lowest: float = 0.9999
     ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
     ours, theirs = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (ours, theirs))
     cosine = (ours * theirs).sum(-1).min()
-    check(f"{name}, cosine", cosine, cosine >= lowest)
+    report(f"{name}, cosine", cosine, cosine >= lowest)
 
 
 def some_texts() -> list[str]:
@@ -112,7 +104,7 @@ def scored_by_mteb(name: str, model: LLM2Vec, folder: Path) -> None:
     theirs = SentenceTransformer(str(folder), device="cpu").float()
     result = mteb.evaluate(theirs, BundledSTS(), cache=None, show_progress_bar=False)
     found, expected = result.task_results[0].get_score(), list(sts(model).values())[0]
-    check(f"mteb, {name}, Spearman of STS-B", found, abs(found - expected) < 1e-4)
+    report(f"mteb, {name}, Spearman of STS-B", found, abs(found - expected) < 1e-4)
 
 
 def trained_there(name: str, folder: Path, scratch: Path) -> None:
@@ -131,7 +123,7 @@ def trained_there(name: str, folder: Path, scratch: Path) -> None:
     theirs.save(str(scratch / "trained"))
     found = theirs.encode(some_texts())
     moved = np.abs(found - before).max()
-    check(f"sentence-transformers, {name}, three steps move a vector", moved, moved > 1e-3)
+    report(f"sentence-transformers, {name}, three steps move a vector", moved, moved > 1e-3)
     ours = LLM2Vec.from_pretrained(scratch / "trained").encode(some_texts())
     same(f"sentence-transformers, {name}, trained there, read here", ours, found)
 
@@ -216,8 +208,7 @@ def main() -> None:
             scored_by_mteb(name, model, folder)
             trained_there(name, folder, Path(scratch))
             in_llama_cpp(name, model, folder)
-    print(f"{len(failed)} failed" if failed else "all agree")
-    sys.exit(1 if failed else 0)
+    finish()
 
 
 if __name__ == "__main__":
