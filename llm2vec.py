@@ -149,9 +149,9 @@ def rotary_table(config: Config, T: int, device: torch.device, dtype: torch.dtyp
     """Cosines and sines of the rotary position embedding (Su et al. 2021), (T, D) each.
 
     Pair m of a head turns by position * theta^(-2m/D), so the product of a query and a key depends
-    on their distance alone. So a text that is packed after another, or shifted by padding, needs no
-    other positions. `linear` stretches all wavelengths by `factor`; `llama3` (Llama 3.1) stretches
-    only the long ones, with a smooth passage, as in transformers' rope utilities; `dynamic`
+    on their distance alone. So a text packed after another, or shifted by padding, keeps its
+    positions. `linear` stretches all wavelengths by `factor`; `llama3` (Llama 3.1) stretches
+    only the long ones, with a smooth change, as in transformers' rope utilities; `dynamic`
     stretches none up to max_position_embeddings, and raises ValueError for a longer text.
     """
     D = config.head_dim
@@ -178,7 +178,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-# Not cuDNN's kernel: it plans for a third of a second for each new shape, and batches differ.
+# Not cuDNN's kernel: with a mask, it plans for about a second for each new shape.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -594,7 +594,7 @@ class LLM2Vec(nn.Module):
         include_prompt: bool = False,
         prompts: dict[str, str] | None = None,
     ):
-        """separator: see `tokenize`. include_prompt: pool BOS and instructions, too.
+        """separator: see `prompt_prefix`. include_prompt: pool BOS and instructions, too.
 
         prompts: the texts that sentence-transformers puts before a query or a document.
         """
@@ -633,8 +633,8 @@ class LLM2Vec(nn.Module):
         Each is a folder, or a name on the Hugging Face hub. The folder of an encoder has its
         pooling, max_length, is_causal, separator and include_prompt; else the defaults are "mean",
         512, False, a line break and False. The authors' models have a space as the separator.
-        template: two strings, for before and after every text, or a name in checkpoints.TEMPLATES;
-        by default that of the folder, or of the last run folder among the adapters.
+        template: the strings before and after every text, or a name in checkpoints.TEMPLATES; by
+        default that of the last adapter that has one, else of the folder.
         device: by default the first of cuda, mps and cpu that the machine has. dtype: by default
         bfloat16 on a GPU that supports it, else float32.
         """

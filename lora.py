@@ -34,7 +34,7 @@ PARTS = ("lora_A", "lora_B")  # the two matrices of an adapter
 
 
 class LoRALinear(nn.Linear):
-    """A frozen nn.Linear with `lora_A` and `lora_B`, which alone have gradients."""
+    """A frozen nn.Linear with `lora_A` and `lora_B`, and only these are trained."""
 
     lora_A: nn.Linear  # (rank, in)
     lora_B: nn.Linear  # (out, rank)
@@ -62,7 +62,7 @@ def adapt(module: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder of an encoder; of a decoder, itself. Every function below takes either."""
+    """The decoder of an encoder, or the decoder itself. Every function below takes either."""
     return getattr(model, "decoder", model)
 
 
@@ -96,7 +96,7 @@ def add_lora(
         alpha: the scaling times the rank; by default twice the rank.
         targets: ends of the names of projections; by default every linear layer of `model.layers`,
             as in the paper. A target may be a norm, too: its weight itself is trained, without an
-            adapter. `norm` is the decoder's last one.
+            adapter. `norm` is the final norm.
 
     Returns the parameters to train. Raises ValueError for a target that the model lacks, a rank
     below 1, or a model that has adapters already.
@@ -150,7 +150,7 @@ def remove_lora(model: nn.Module) -> None:
 # --- Files, in PEFT's format -------------------------------------------------------------------
 # adapter_config.json holds the numbers, adapter_model.safetensors the matrices, by the names of
 # their projections. Published LLM2Vec adapters have the names of the inner model
-# (base_model.model.layers...); PEFT on a causal-LM model writes one `model.` more. Other trained
+# (base_model.model.layers...); PEFT on a causal-LM model adds a second `model.`. Other trained
 # weights (norms, a pooler, all weights) are in extra.safetensors, by name.
 
 
@@ -199,8 +199,8 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
     """Load an adapter, saved by this project or by PEFT, onto a model, and freeze its decoder.
 
     rank_pattern, alpha_pattern and use_rslora work as in peft 0.21. Weights in extra.safetensors
-    replace the model's weights of the same names. Tensors for the heads of a model are left out,
-    and standard error says so. Raises FileNotFoundError, or ValueError that names the file and the
+    replace the model's weights of the same names. Tensors for the heads of a model are skipped,
+    with a note on standard error. Raises FileNotFoundError, or ValueError that names the file and the
     part that is not supported or does not fit; the model is then unchanged.
     """
     if adapted(model):
@@ -285,8 +285,8 @@ def kept(x: Tensor, p: float) -> Tensor:
 # be stored coarsely. A block of 64 numbers has one float32, its largest absolute value (absmax); a
 # number is absmax times one of 16 values in a table, and its 4-bit code is the position there. A
 # matrix is decoded to be multiplied, in the forward pass and again in the backward pass. With its
-# part of absmax, a weight takes 4.5 bits instead of 16. The adapters learn to live with the
-# rounding; after training, they are merged into the original weights.
+# part of absmax, a weight takes 4.5 bits instead of 16. The adapters adapt to the rounding;
+# after training, they are merged into the original weights.
 
 BLOCK = 64
 

@@ -1,12 +1,12 @@
 """The stages of LLM2Vec, from a causal checkpoint to a text encoder.
 
     python train.py                    all three steps on the bundled tiny Llama, in minutes
-    python train.py mntp ...           step 2 on your own Llama or Mistral folder
+    python train.py mntp ...           step 2 on your own model
     python train.py simcse ...         step 3, on top of the adapter of step 2
-    python train.py supervised ...     the fourth stage, on pairs of texts
+    python train.py supervised ...     supervised training, on pairs of texts
 
-A stage is a function that makes a task from a model and its data: datasets, and a function that
-computes the gradients of one batch. The loop `fit` adds fresh adapters to frozen weights, trains
+A stage is a function. It takes a model and data; it returns datasets, and a function for the
+gradients of one batch. The loop `fit` adds fresh adapters to frozen weights, trains
 them and writes them; the next stage merges them first. To add a stage, write its settings, its
 function and its entry in STAGES. `python -m data.benchmarks` scores encoders, and
 `python -m data.figures` draws the loss of a run.
@@ -191,7 +191,7 @@ def training(model: LLM2Vec, settings: Settings) -> Iterator[None]:
 def within_memory(
     model: LLM2Vec, settings: Settings, step: int, backward: Callable, batch: list
 ) -> tuple[float, int]:
-    """Call `backward` on a batch; where GPU memory is short, again with more layers recomputed.
+    """Call `backward` on a batch; if GPU memory runs out, again with more layers recomputed.
 
     Each try adds an eighth of the layers, and draws the same random numbers. So the result has the
     same bits as with enough layers recomputed from the start.
@@ -414,7 +414,7 @@ def apply_settings(model: LLM2Vec, texts: Sequence[str], settings: EncoderSettin
 
 
 def known_right(texts: Sequence[str], rows: Sequence[tuple[list, list]], n: int) -> Tensor:
-    """Right answers to a query, except its positive: (n, candidates) booleans.
+    """Right answers to a query besides its positive: (n, candidates) booleans.
 
     texts and rows hold n queries, their n positives and any number of negatives, in this order.
     The right answers are the text of the query itself, whole or cut, and the positives of pairs
@@ -482,7 +482,7 @@ def gradcache(
     return loss.item()
 
 
-# --- The fourth stage: supervised contrastive learning -----------------------------------------
+# --- Supervised contrastive learning -----------------------------------------------------------
 
 
 @dataclass
@@ -559,8 +559,8 @@ class Stage(NamedTuple):
 # `paper` has the numbers of the paper's appendix. `tiny` is for the bundled model: such a small
 # model needs high learning rates, and more dropout, or it solves the task of SimCSE at once.
 # `laptop` is for SmolLM2-135M on two cores, and was chosen on STS-B dev. With a scale of 20 the
-# loss of SimCSE is nothing within ten steps; with 10 the model learns for longer. `gpu` is for the
-# same model and seven minutes of an H200, with the paper's steps and batches of MNTP. `one-word` is
+# loss of SimCSE is near zero in ten steps; with 10 the model learns for longer. `gpu` trains the
+# same model for seven minutes on an H200, with the paper's steps and batches of MNTP. `one-word` is
 # for a causal instruct model with the template one-word-example. It trains only the last norm, a
 # number for each dimension: the few dimensions in which all answers are alike then count for less.
 # Adapters at the rates above lose the effect of the prompt.
