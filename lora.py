@@ -200,8 +200,8 @@ def load_adapter(model: nn.Module, path_or_name: str | Path) -> None:
 
     rank_pattern, alpha_pattern and use_rslora work as in peft 0.21. Weights in extra.safetensors
     replace the model's weights of the same names. Tensors for the heads of a model are skipped,
-    with a note on standard error. Raises FileNotFoundError, or ValueError that names the file and the
-    part that is not supported or does not fit; the model is then unchanged.
+    with a note on standard error. Raises FileNotFoundError, or ValueError that names the file and
+    the part that is not supported or does not fit; the model is then unchanged.
     """
     if adapted(model):
         raise ValueError("the model has adapters already: merge_lora first")

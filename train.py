@@ -6,10 +6,10 @@
     python train.py supervised ...     supervised training, on pairs of texts
 
 A stage is a function. It takes a model and data; it returns datasets, and a function for the
-gradients of one batch. The loop `fit` adds fresh adapters to frozen weights, trains
-them and writes them; the next stage merges them first. To add a stage, write its settings, its
-function and its entry in STAGES. `python -m data.benchmarks` scores encoders, and
-`python -m data.figures` draws the loss of a run.
+gradients of one batch. The loop `fit` adds fresh adapters to frozen weights, trains them and writes
+them; the next stage merges them first. To add a stage, write its settings, its function and its
+entry in STAGES. `python -m data.benchmarks` scores encoders, and `python -m data.figures` draws the
+loss of a run.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The fourth stage: the loss of a batch of pairs, and what is a wrong answer in it."""
+"""Supervised training: the loss of a batch of pairs, and what is a wrong answer in it."""
 
 import json
 
