@@ -201,7 +201,7 @@ def mask_panel(figure: Figure, place: Place, words: Sequence[str]) -> None:
 
 def mntp_panel(figure: Figure, place: Place, words: Sequence[str], guessed, untrained) -> None:
     """Step 2: the state before a masked token, and its guesses."""
-    ax = panel(figure, place, "2 · Name what is hidden", "MNTP: read off the state before it.")
+    ax = panel(figure, place, "2 · Predict the mask", "MNTP: from the state before it.")
     i, x = words.index(HIDDEN), np.linspace(16, 258, len(words))
     box = {"boxstyle": "round,pad=0.5", "fc": FAINT, "ec": "none"}
     ax.vlines(x, 146, 206, RULE, lw=1, zorder=0)
@@ -220,7 +220,7 @@ def mntp_panel(figure: Figure, place: Place, words: Sequence[str], guessed, untr
 
 def simcse_panel(figure: Figure, place: Place, cosines: dict[str, tuple[float, float]]) -> None:
     """Step 3: cosines of a sentence with others, before and after."""
-    ax = panel(figure, place, "3 · Tell sentences apart", "SimCSE: cosines of this sentence with")
+    ax = panel(figure, place, "3 · Compare sentences", "SimCSE: cosines of this sentence with")
     for k, (text, pair) in enumerate(cosines.items()):
         y, colour, (x, x1) = 37 + 46 * k, BLUE if k else ORANGE, np.clip(pair, 0, 1) * 150
         ax.hlines([y, y], [0, x], [150, x1], [RULE, colour], lw=2)
@@ -319,9 +319,10 @@ def bar_labels(args: argparse.Namespace) -> list[str]:
 def draw_bars(args: argparse.Namespace) -> Figure:
     spreads, score = read_spreads(args), args.score
     best, height = max(spreads, key=spreads.get), 24 * len(spreads)
-    figure = new_figure(830, 54 + height)
-    ax = panel(figure, (0, 54, 830, height), args.title or score)
-    bars(ax, spreads, 290, 380 / max(spreads[best][0], 1e-9), best, ".3f")
+    x = 20 + 7 * max(map(len, spreads))  # pixels for the names
+    figure = new_figure(x + 420, 54 + height)
+    ax = panel(figure, (0, 54, x + 420, height), args.title or score)
+    bars(ax, spreads, x, 240 / max(spreads[best][0], 1e-9), best, ".3f")
     return figure
 
 
