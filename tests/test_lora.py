@@ -5,17 +5,9 @@ import torch
 from helpers import go, refused, small_decoder, spoil, tiny
 from safetensors.torch import load_file, save_file
 
+import lora
 from llm2vec import LLM2Vec
-from lora import (
-    adapted,
-    add_lora,
-    kept,
-    load_adapter,
-    merge_lora,
-    remove_lora,
-    save_adapter,
-    trained,
-)
+from lora import adapted, add_lora, kept, load_adapter, merge_lora, remove_lora, save_adapter
 
 IDS = torch.arange(12).view(2, 6)
 PAIR = {"q_proj", "down_proj"}
@@ -72,7 +64,7 @@ def test_adapters_stay_float32_on_a_bfloat16_base():
     decoder = small_decoder().bfloat16()
     parameters = add_lora(decoder)
     assert {p.dtype for p in parameters} == {torch.float32}
-    assert {*map(id, trained(decoder).values())} == {*map(id, parameters)}
+    assert {*map(id, lora.trained(decoder).values())} == {*map(id, parameters)}
     assert decoder(IDS).dtype == torch.bfloat16
     module = decoder.layers[1].self_attn.q_proj
     torch.nn.init.normal_(module.lora_B.weight, std=0.1)
@@ -189,8 +181,8 @@ def test_what_trains_has_one_name_in_a_decoder_and_in_its_encoder():
     encoder = torch.nn.Module()
     encoder.decoder, encoder.pooler = with_adapters(), torch.nn.Linear(2, 2, bias=False)
     inside = {f"decoder.{n}": p for n, p in encoder.decoder.named_parameters() if "lora_" in n}
-    assert trained(encoder.decoder) == inside
-    assert trained(encoder) == inside | {"pooler.weight": encoder.pooler.weight}
+    assert lora.trained(encoder.decoder) == inside
+    assert lora.trained(encoder) == inside | {"pooler.weight": encoder.pooler.weight}
 
 
 def test_what_was_trained_beside_adapters_comes_back_in_a_decoder_and_in_its_encoder(tmp_path):

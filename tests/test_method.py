@@ -5,15 +5,8 @@ import pytest
 import torch
 from helpers import small_decoder
 
-from llm2vec import (
-    attention_mask,
-    batches_by_length,
-    contrastive_loss,
-    cross_entropy,
-    mask_tokens,
-    mntp_loss,
-    pool,
-)
+from llm2vec import attention_mask, contrastive_loss, cross_entropy, mask_tokens, mntp_loss, pool
+from llm2vec_data.batches import batches_by_length
 
 # --- Step 1 ------------------------------------------------------------------------------------
 

@@ -398,6 +398,7 @@ FILES = {
     "pairs.jsonl": 2 * '{"query": "a", "positive": "b"}\n',
     "equal.tsv": "3\ta\tb\n3\tc\td\n",
 }
+NUMBERS = ["--steps 0", "--dropout 1", "--lr 0", "--lr nan", "--batch 1"]
 
 
 @pytest.mark.parametrize(
@@ -405,17 +406,13 @@ FILES = {
     [
         ("nowhere", ["mntp", "--model", "nowhere", "--output", "x"]),
         ("nowhere.txt", ["mntp", *RUN, "--corpus", "nowhere.txt"]),
-        ("--steps", ["simcse", *RUN, "--steps", "0"]),
         ("--steps and --epochs", ["simcse", *RUN, "--steps", "1", "--epochs", "1"]),
         ("--mask-rate", ["mntp", *RUN, "--mask-rate", "1.5"]),
         ("'no such token'", ["mntp", *RUN, "--mask-token", "no such token"]),
-        ("--dropout", ["mntp", *RUN, "--dropout", "1"]),
-        ("--lr", ["mntp", *RUN, "--lr", "0"]),
-        ("--lr", ["mntp", *RUN, "--lr", "nan"]),
         ("--scale", ["mntp", *RUN, "--scale", "1"]),
         ("--compile", ["simcse", *RUN, "--compile", "--quantize", "nf4"]),
         ("two different sentences", ["simcse", *RUN, "--corpus", "one.txt"]),
-        ("--batch 1", ["simcse", *RUN, "--batch", "1"]),
+        *((x.split()[0], ["simcse", *RUN, *x.split()]) for x in NUMBERS),
         ("--batch 1", ["supervised", *RUN, "--batch", "1", "--pairs", "pairs.jsonl"]),
         ("nowhere", ["supervised", *RUN, "--pairs", "nowhere"]),
         ("2 instructions for 1", ["supervised", *RUN, "--instructions", "a", "b"]),
