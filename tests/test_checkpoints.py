@@ -36,8 +36,8 @@ def adapter(folder) -> Path:
 
 
 def rename(file: Path, new_name: Callable[[str], str], *heads: str) -> None:
-    """Write the tensors of a file under other names, and heads of a classifier beside them."""
-    state = {new_name(name): weight for name, weight in load_file(file).items()}
+    """Write the tensors of a file under other names, in 64 bits, and heads of a classifier."""
+    state = {new_name(name): weight.double() for name, weight in load_file(file).items()}
     save_file(state | {name: torch.ones(2, 32) for name in heads}, file)
 
 
@@ -113,25 +113,17 @@ def test_the_separator_is_a_space_for_the_authors_checkpoints_and_else_as_saved(
     assert load(folder).separator == " "
 
 
-# --- What an encoder has no use for ------------------------------------------------------------
-
-
-def test_heads_and_prefixes_of_a_checkpoint_come_off_and_64_bits_are_read(folder, capsys):
+def test_heads_prefixes_and_infixes_come_off_and_64_bits_are_read(folder, adapter, capsys):
     heads = ("score.weight", "v_head.summary.weight", "classifier.bias")
     rename(folder / WEIGHTS, lambda name: f"module._orig_mod.{name}", *heads)
-    spoil(folder / WEIGHTS, lambda s: s.update({k: w.double() for k, w in s.items()}))
-    assert np.array_equal(load(folder).encode(TEXTS), load(INTEROP / "base").encode(TEXTS))
-    [line] = capsys.readouterr().err.splitlines()
-    assert "and 2 more left out" in line and str(folder) in line
-
-
-def test_heads_and_infixes_of_an_adapter_come_off(folder, adapter, capsys):
     heads = ("base_model.model.lm_head.weight", "base_model.model.score.weight")
     rename(folder / LORA, lambda name: name.replace(".weight", ".default.weight"), *heads)
     spoil(folder / SETTINGS, modules_to_save=["lm_head", "score"])
-    expected = load(folder, [INTEROP / "inner-list"]).encode(TEXTS)
-    assert np.array_equal(load(folder, [adapter]).encode(TEXTS), expected)
-    assert "and 1 more left out" in capsys.readouterr().err
+    expected = load(INTEROP / "base", [INTEROP / "inner-list"])
+    assert np.array_equal(load(folder, [adapter]).encode(TEXTS), expected.encode(TEXTS))
+    model, lora = capsys.readouterr().err.splitlines()
+    assert f"{folder}: " in model and "and 2 more left out" in model
+    assert LORA in lora and "and 1 more left out" in lora
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -145,8 +137,8 @@ def test_a_token_behind_the_embedding_never_comes_of_a_text(folder, special):
     assert np.array_equal(load(folder).encode(["a <pad>"]), expected)
 
 
-def test_llama3_scaling_without_its_original_length_takes_the_longest(tmp_path):
-    folder = shutil.copytree(GOLDEN / "llama-llama3-sharded", tmp_path / "model")
+def test_llama3_scaling_without_its_original_length_takes_the_longest(folder):
+    shutil.copy(GOLDEN / "llama-llama3-sharded" / CONFIG, folder)
     original = "original_max_position_embeddings"
     spoil(folder / CONFIG, lambda raw: raw["rope_parameters"].pop(original))
     assert Config.from_pretrained(folder).rope_scaling[original] == 64  # as transformers takes it
@@ -334,9 +326,6 @@ def test_an_adapter_names_its_base_unless_another_was_merged(folder, tmp_path):
         assert config["base_model_name_or_path"] == base
     LLM2Vec(decoder, load_tokenizer(folder)).save(tmp_path / "out")
     assert decoder.name_or_path == str((tmp_path / "out").resolve()), "which now has these weights"
-
-
-# --- What config.json leaves out -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(

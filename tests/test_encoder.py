@@ -32,9 +32,6 @@ def own_ids(row: tuple[list[int], list[bool]]) -> list[int]:
     return [i for i, own in zip(*row, strict=True) if own]
 
 
-# --- Vectors -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_vector_does_not_depend_on_its_neighbours(dtype):
     encoder = load(TINY, dtype=dtype)

@@ -45,9 +45,6 @@ def models(hub, tmp_path, monkeypatch) -> Path:
     return tmp_path / "models"
 
 
-# --- SmolLM2 -------------------------------------------------------------------------------------
-
-
 def test_smollm2_is_the_hub_s_at_its_revision_and_fetched_once(hub, models):
     folder = fetch.fetch("smollm2")
     assert folder == models / "smollm2-135m" and names(models) == names(folder.parent)
@@ -124,9 +121,6 @@ def test_a_gguf_file_becomes_a_checkpoint_that_reads_digits_one_by_one(tmp_path)
     assert tokenizer.encode("a  12").ids == [1, 5, 6, 7]
 
 
-# --- Text ----------------------------------------------------------------------------------------
-
-
 def test_wikitext_is_its_training_text_if_its_checksum_is_right(hub, models, monkeypatch):
     data, text = io.BytesIO(), " \n = Title = \n \n One paragraph , of @-@ tokens . \n"
     with zipfile.ZipFile(data, "w") as archive:
@@ -145,9 +139,6 @@ def test_wikitext_is_its_training_text_if_its_checksum_is_right(hub, models, mon
 def test_wiki1m_is_a_sentence_a_line(hub):
     hub.repositories[fetch.SIMCSE] = {"wiki1m_for_simcse.txt": b"One.\nTwo.\n"}
     assert read_documents(fetch.fetch("wiki1m")) == ["One.", "Two."]
-
-
-# --- STS -----------------------------------------------------------------------------------------
 
 
 def senteval(**others: str | None) -> bytes:

@@ -56,9 +56,6 @@ def said_in(file: Path) -> list[str]:
     return [node.text for node in ElementTree.fromstring(picture).iter() if node.tag[-4:] == "text"]
 
 
-# --- What is measured --------------------------------------------------------------------------
-
-
 def test_a_guess_is_what_mntp_trains(encoder):
     sentence, word = figures.SENTENCE, figures.HIDDEN
     words, likeliest, chance = guesses(encoder, sentence, word)
@@ -101,9 +98,6 @@ def test_the_last_token_has_seen_everything_in_both_directions(encoder):
     assert layer_cosines(encoder, TEXTS[1:], positions=4)[0, 3] == pytest.approx(1, abs=1e-5)
     mean = np.where(np.isnan(one), other, (one + other) / 2)  # the first one is shorter
     np.testing.assert_allclose(both, mean, atol=1e-5)
-
-
-# --- What is drawn -----------------------------------------------------------------------------
 
 
 def test_the_pictures_at_hand_are_small_and_for_both_modes():

@@ -126,9 +126,6 @@ def test_an_anchored_pattern_matches_the_name_that_peft_saw(start, inner, tmp_pa
     assert scales == [first, 12 / 3 if start else 24 / 3]
 
 
-# --- Norms -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_norm_that_is_a_target_is_trained_itself_and_nothing_else(dtype, tmp_path):
     """And read back from a run folder, exported and pooled as it was trained."""
@@ -187,8 +184,7 @@ def test_what_trains_has_one_name_in_a_decoder_and_in_its_encoder():
 
 def test_what_was_trained_beside_adapters_comes_back_in_a_decoder_and_in_its_encoder(tmp_path):
     """And weights that are not those of a checkpoint are said to be of none."""
-    made = small_decoder().float()
-    add_lora(made)
+    made = with_adapters()
     made.norm.requires_grad_()
     torch.nn.init.normal_(made.norm.weight)
     save_adapter(made, tmp_path)

@@ -399,13 +399,13 @@ FILES = {
     "equal.tsv": "3\ta\tb\n3\tc\td\n",
 }
 NUMBERS = ["--steps 0", "--dropout 1", "--lr 0", "--lr nan", "--batch 1"]
+NO_FILES = ["--corpus nowhere.txt", "--dev nowhere.tsv", "--dev equal.tsv"]
 
 
 @pytest.mark.parametrize(
     "said, args",
     [
         ("nowhere", ["mntp", "--model", "nowhere", "--output", "x"]),
-        ("nowhere.txt", ["mntp", *RUN, "--corpus", "nowhere.txt"]),
         ("--steps and --epochs", ["simcse", *RUN, "--steps", "1", "--epochs", "1"]),
         ("--mask-rate", ["mntp", *RUN, "--mask-rate", "1.5"]),
         ("'no such token'", ["mntp", *RUN, "--mask-token", "no such token"]),
@@ -416,8 +416,7 @@ NUMBERS = ["--steps 0", "--dropout 1", "--lr 0", "--lr nan", "--batch 1"]
         ("--batch 1", ["supervised", *RUN, "--batch", "1", "--pairs", "pairs.jsonl"]),
         ("nowhere", ["supervised", *RUN, "--pairs", "nowhere"]),
         ("2 instructions for 1", ["supervised", *RUN, "--instructions", "a", "b"]),
-        ("nowhere.tsv", ["simcse", *RUN, "--dev", "nowhere.tsv"]),
-        ("equal.tsv", ["simcse", *RUN, "--dev", "equal.tsv"]),
+        *((x.split()[1], ["simcse", *RUN, *x.split()]) for x in NO_FILES),
         ("nowhere.tsv", [benchmarks.main, *SCORE, "--sts", "nowhere.tsv"]),
         ("one.txt: none", [benchmarks.main, *SCORE, "--corpus", "one.txt"]),
         ("one.txt: none", [figures.main, "layers", "--model", TINY, "--corpus", "one.txt"]),
