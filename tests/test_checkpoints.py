@@ -20,7 +20,6 @@ import llm2vec
 from llm2vec import POOLING, Config, Decoder, LLM2Vec, prompt_prefix, rotary_table, tokenize
 from llm2vec_data.checkpoints import find_checkpoint, load_tokenizer
 from llm2vec_data.disk import read_json
-from llm2vec_data.encode import count_cut
 from lora import adapted, add_lora, load_adapter, merge_lora, save_adapter
 
 load = LLM2Vec.from_pretrained
@@ -397,13 +396,6 @@ def test_the_flags_of_a_model_leave_to_its_folder_what_is_not_given():
         ("--bidirectional --adapters a b", {"is_causal": False, "adapters": ["a", "b"]}),
     ):
         assert how.items() <= vars(parser.parse_args(flags.split())).items()
-
-
-def test_a_text_of_exactly_the_most_tokens_is_not_cut(folder):
-    model = load(folder)
-    short, long = (len(ids) for ids, _ in model.rows(TEXTS))
-    for model.max_length, cut in ((long, 0), (long - 1, 1), (short, 1), (short - 1, 2)):
-        assert count_cut(model, TEXTS, None) == cut
 
 
 def test_a_word_in_front_of_every_text_weighs_in_a_text_what_others_do(folder, tmp_path):
