@@ -227,9 +227,7 @@ for name, fields in BAD.items():
 
 
 @pytest.mark.parametrize("name, change, said", SPOILED)
-def test_what_can_not_be_honoured_is_refused_by_name_and_changes_no_model(
-    name, change, said, tmp_path
-):
+def test_what_can_not_be_honoured_is_refused_and_changes_no_model(name, change, said, tmp_path):
     folder = tmp_path / "model"
     load(INTEROP / "base").save(folder)
     adapter = Path(shutil.copytree(INTEROP / "inner-list", folder / "adapter"))
@@ -275,9 +273,7 @@ def test_a_token_that_the_tokenizer_has_no_word_for_is_one_clear_error(folder):
         (SETTINGS, ["adapter/model.safetensors"], "is a whole checkpoint"),
     ],
 )
-def test_what_is_there_instead_of_a_file_is_named_with_the_way_out(
-    folder, adapter, gone, instead, said
-):
+def test_what_is_there_instead_is_named_with_the_way_out(folder, adapter, gone, instead, said):
     (folder / gone).unlink()
     for name in instead:
         (folder / name).write_text('{"base_model_name_or_path": "my/base"}')

