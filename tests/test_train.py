@@ -204,10 +204,9 @@ def test_an_interrupted_run_leaves_its_adapter_and_the_model_as_it_was(tmp_path,
 
 def test_simcse_learns_from_each_sentence_once_or_from_lines():
     documents = 2 * ["One sentence here. Two of them.\nA line."]
-    for split, expected in (
-        ("sentence", ["One sentence here.", "Two of them.", "A line."]),
-        ("line", ["One sentence here. Two of them.", "A line."]),
-    ):
+    texts = {"sentence": ["One sentence here.", "Two of them.", "A line."]}
+    texts["line"] = ["One sentence here. Two of them.", "A line."]
+    for split, expected in texts.items():
         settings = replace(QUICK["simcse"], split=split, pooling="mean")
         assert train.simcse(tiny(1), documents, settings)[0] == [expected]
 
@@ -275,12 +274,8 @@ SMALL += ["--preset", "tiny", "--steps", 2, "--batch", 4, "--length", 32]
 def test_stages_build_on_each_other_and_are_trained_anew_only_if_asked(command):
     Path("corpus.txt").write_text("\n".join(DOCUMENTS))
     mntp, simcse = ([name, *SMALL, "--corpus", "corpus.txt", "--output", name] for name in STEPS)
-    for args, trained in (
-        (mntp, True),
-        (mntp, False),
-        ([*mntp, "--overwrite"], True),
-        ([*simcse, "--adapters", "mntp"], True),
-    ):
+    runs = [(mntp, True), (mntp, False), ([*mntp, "--overwrite"], True)]
+    for args, trained in (*runs, ([*simcse, "--adapters", "mntp"], True)):
         status, out, errors = command(*args)
         assert status == 0, errors
         assert ("step" in out) is trained and ("--overwrite" in out) is not trained
@@ -387,11 +382,8 @@ def test_every_setting_of_a_stage_is_a_flag_with_the_presets_in_its_help(stage, 
 
 RUN = ["--model", TINY, "--output", "x"]
 SCORE = ["--model", TINY, "--benchmarks", "sts"]
-FILES = {
-    "one.txt": "One document.\n",
-    "pairs.jsonl": 2 * '{"query": "a", "positive": "b"}\n',
-    "equal.tsv": "3\ta\tb\n3\tc\td\n",
-}
+FILES = {"one.txt": "One document.\n", "equal.tsv": "3\ta\tb\n3\tc\td\n"}
+FILES["pairs.jsonl"] = 2 * '{"query": "a", "positive": "b"}\n'
 NUMBERS = ["--steps 0", "--dropout 1", "--lr 0", "--lr nan", "--batch 1"]
 NO_FILES = ["--corpus nowhere.txt", "--dev nowhere.tsv", "--dev equal.tsv"]
 
