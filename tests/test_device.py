@@ -19,7 +19,7 @@ import llm2vec
 import lora
 import train
 from llm2vec import LLM2Vec
-from llm2vec_data import benchmarks, compare, export, figures, processes, runs
+from llm2vec_data import benchmarks, compare, figures, processes, runs
 from lora import load_adapter, merge_lora, quantize_nf4
 
 AWAY = torch.device("lazy")  # a device that torch names and this build does not have
@@ -93,14 +93,13 @@ def away(monkeypatch):
     for module in (adam, sys.modules["torch.optim.adamw"]):  # by name, before torch 2.7
         check = "_device_dtype_check_for_fused"
         monkeypatch.setattr(module, check, lambda *_, **__: None, raising=False)
-    for module in (export, lora, runs):
-        for name in {"save_file", "save_bytes"} & set(vars(module)):
-            save = getattr(module, name)
+    for module in (lora, runs):
 
-            def save_near(state, *args, save=save, **kwargs):
-                return save({k: near(w.detach()) for k, w in state.items()}, *args, **kwargs)
+        def save_near(state, *args, save=module.save_bytes):
+            return save({name: near(w.detach()) for name, w in state.items()}, *args)
 
-            monkeypatch.setattr(module, name, save_near)
+        monkeypatch.setattr(module, "save_bytes", save_near)
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes no far tensor by itself
     try:
         with Away():
@@ -113,12 +112,7 @@ def tiny_on(device, quantize=False) -> LLM2Vec:
     model = tiny()
     if quantize:
         quantize_nf4(model.decoder)
-    for module in model.decoder.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(weight.detach().to(device), False))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    return model
+    return model.to(device)
 
 
 def test_a_far_tensor_is_told_from_a_near_one(away):
@@ -178,11 +172,8 @@ def test_the_device_and_its_type_are_those_of_the_hardware(monkeypatch, capsys):
     """A GPU before a CPU; a GPU without bfloat16 (T4, V100) computes in float32 and says so."""
     there = lambda answer: lambda *_, **__: answer  # noqa: E731
     monkeypatch.setenv("LOCAL_RANK", "2")
-    for mps, cuda, expected in (
-        (False, False, "cpu"),
-        (True, False, "mps"),
-        (True, True, "cuda:2"),
-    ):
+    found = ((False, False, "cpu"), (True, False, "mps"), (True, True, "cuda:2"))
+    for mps, cuda, expected in found:
         monkeypatch.setattr(torch.backends.mps, "is_available", there(mps))
         monkeypatch.setattr(torch.cuda, "is_available", there(cuda))
         assert processes.default_device() == expected

