@@ -107,6 +107,7 @@ def test_other_files_hold_a_text_a_line(tmp_path):
         ("a.txt", '\n {"text": "a"}\n', ".jsonl"),
         ("corpus", '[\n {"text": "a"}\n]', "JSON lines"),
         ("a.md", b"PK\x03\x04\0\0", "not text"),
+        ("a.jsonl", b"a stray NUL\0 is dirt in .txt alone", "not text"),
         ("a.pdf", b"%PDF-1.7\n1 0 obj\n", "not text"),
         ("a.txt", "UTF-16".encode("utf-16-le"), "not text"),
         ("a.jsonl", '\ufeff{"text": "one"}\n'.encode("utf-16-le"), "UTF-16"),
