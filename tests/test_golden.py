@@ -61,9 +61,9 @@ def test_an_adapter_of_peft_does_the_same_here_adapted_and_merged(name):
     decoder, given, expected = read_adapted(name)
     ids, segments = given["right.input_ids"], given["right.segments"]
     adapted = decoder(ids, segments)
+    assert_close(adapted[segments > 0], expected["adapted"][segments > 0])
     merge_lora(decoder)
-    for key, hidden in {"adapted": adapted, "merged": decoder(ids, segments)}.items():
-        assert_close(hidden[segments > 0], expected[key][segments > 0])
+    assert_close(decoder(ids, segments)[segments > 0], expected["merged"][segments > 0])
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -82,7 +82,7 @@ def test_steps_of_adam_move_an_adapter_to_where_peft_moves_it(name):
         optimizer.zero_grad()
         assert_close(loss.detach(), loss_there, atol=1e-5)
         torch.testing.assert_close(norm, norm_there, atol=0, rtol=1e-4)
-    after = {key: weight for key, weight in expected.items() if key.startswith("after.")}
+    after = {key[6:]: weight for key, weight in expected.items() if key.startswith("after.")}
     assert len(after) == 4
     for key, weight in after.items():
-        assert_close(trained[key.removeprefix("after.")].detach(), weight, atol=1e-5)
+        assert_close(trained[key].detach(), weight, atol=1e-5)

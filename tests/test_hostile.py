@@ -1,8 +1,7 @@
 """Files from anywhere, and text with every kind of dirt.
 
 Whatever a checkpoint's or adapter's files hold, they load well or are refused by an error that
-names the file: nothing else is raised, nothing hangs, and memory does not follow what a
-file claims.
+names the file; and memory does not follow what a file claims.
 """
 
 import json
@@ -19,7 +18,7 @@ import torch
 from helpers import GOLDEN, ROOT, refused
 
 from llm2vec import Decoder, LLM2Vec
-from llm2vec_data.corpus import read_documents, read_record, sentences
+from llm2vec_data.corpus import read_documents, sentences
 from llm2vec_data.encode import encode_file, read_records
 from lora import load_adapter
 
@@ -75,8 +74,7 @@ def load_adapted(folder: Path) -> None:
 
 
 def load_encoder(folder: Path) -> None:
-    vectors = LLM2Vec.from_pretrained(folder).encode(["", "A text: é, \U0001f600.", "<s> a"])
-    assert np.isfinite(vectors).all()
+    assert np.isfinite(LLM2Vec.from_pretrained(folder).encode(["", "A text: é 😀.", "<s> a"])).all()
 
 
 CASES = [  # what to load, the folder that it starts from, the file that is spoiled, how often
@@ -101,12 +99,12 @@ def test_any_file_loads_or_is_refused_by_name(load, source, name, count, share, 
         spoil(folder / name, random.Random(f"{source} {name} {seed}"))
         try:
             load(folder)
-        except (ValueError, FileNotFoundError) as error:
-            assert str(tmp_path) in str(error) or name in str(error), (seed, error)
-            assert "\n" not in str(error), (seed, error)
-            refused += 1
         except Exception as error:
-            raise AssertionError(f"case {seed}: {type(error).__name__}: {error}") from error
+            case = seed, type(error).__name__, str(error)
+            assert isinstance(error, (ValueError, FileNotFoundError)), case
+            assert str(tmp_path) in str(error) or name in str(error), case
+            assert "\n" not in str(error), case
+            refused += 1
     assert refused > cases / 4, "the cases must be hard enough for most to be refused"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
@@ -135,11 +133,9 @@ DIRT = {
 def test_dirt_goes_from_a_corpus_to_finite_vectors(kind, encoder, tmp_path):
     file, text = tmp_path / "a.txt", DIRT[kind]
     file.write_bytes(f"\ufeffone\r\n{text}\r\n\r\nlast".encode())
-    documents = read_documents(file)
-    assert documents == ["one", text.strip(), "last"]
+    assert read_documents(file) == ["one", text.strip(), "last"]
     assert next(read_records(str(file)))["text"] == "one", "without its mark"
-    found = [sentence for document in documents for sentence in sentences(document)]
-    vectors = encoder.encode([*found[:14], text])
+    vectors = encoder.encode([*sentences(text)[:14], text])
     assert np.isfinite(vectors).all()
     alone = encoder.encode([text[:10_000]])[0]  # 512 tokens are read of either
     np.testing.assert_allclose(vectors[-1], alone, atol=1e-5)
@@ -152,12 +148,11 @@ BAD = [b"\xff\xfe", b"{", b"[]", b'{"title": "x"}', b'{"text": 5}', b'{"text": "
 def test_a_line_without_text_is_named_or_skipped_and_counted(bad, tmp_path, capsys):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "good"}\r\n' + bad + b'\n{"text": "too"}\n' + bad)
-    refused("a.jsonl.* line 2: ", read_documents, file)
+    refused("a.jsonl, line 2: ", read_documents, file)
     assert read_documents(file, errors="skip") == ["good", "too"]
     assert f"{file}: skipped 2 lines, the first of them line 2" in capsys.readouterr().err
     file.write_bytes(bad)
     refused("empty corpus", read_documents, file, errors="skip")
-    refused("a.jsonl, line 7: ", read_record, bad, "a.jsonl", "line 7")
 
 
 def test_half_a_surrogate_pair_in_another_field_is_passed_through(encoder, tmp_path):

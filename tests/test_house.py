@@ -5,12 +5,11 @@ import graphlib
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, python
 
 FILES = {file.stem: file for file in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]}
 
@@ -57,21 +56,21 @@ def test_a_fresh_install_works_where_other_data_lie(how, tmp_path):
     copy, venv = tmp_path / "checkout", str(tmp_path / "venv")
     unwanted = shutil.ignore_patterns(".*", "runs", "models", "build", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=unwanted)
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    python("-m", "venv", venv)
     paths = {"base": venv, "platbase": venv}
     scripts, site = (Path(sysconfig.get_path(n, vars=paths)) for n in ("scripts", "purelib"))
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", *how, copy]
-    subprocess.run(pip, check=True)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for other in ("data/__init__.py", "data.py"):
-        file = tmp_path / f"beside {Path(other).name}" / other
+
+    def run(folder: Path, *args: object) -> str:
+        how = {"cwd": folder, "env": env, "check": True, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.run([scripts / "python", *args], **how).stdout
+
+    run(tmp_path, "-m", "pip", "install", "--quiet", "--no-deps", *how, copy)
+    for i, other in enumerate(("data/__init__.py", "data.py")):
+        file = tmp_path / f"beside {i}" / other
         file.parent.mkdir(parents=True)
         file.touch()
-        folder = tmp_path / f"beside {file.name}"
-        for command in (["-m", "llm2vec_data.benchmarks", "--help"], ["-c", EVERYTHING]):
-            done = subprocess.run(
-                [scripts / "python", *command], cwd=folder, env=env, capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr
-        assert Path(done.stdout.strip()).parent == (copy if how else site)
+        run(tmp_path / f"beside {i}", "-m", "llm2vec_data.benchmarks", "--help")
+        found = Path(run(tmp_path / f"beside {i}", "-c", EVERYTHING).strip())
+        assert found.parent == (copy if how else site)

@@ -17,7 +17,6 @@ PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.3949174880981445
 PUBLISHED += [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
 PUBLISHED += [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
 PUBLISHED += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-PUBLISHED = torch.tensor(PUBLISHED)
 
 
 def quantized(layer: nn.Linear) -> torch.Tensor:
@@ -34,50 +33,47 @@ def test_every_number_becomes_the_nearest_value_of_its_block():
     layer.weight.data[0] = 0  # a block of zeros
     before = quantized(layer)
     blocks, decoded = before.view(-1, 64), layer.decoded(torch.float32).view(-1, 64)
-    values = PUBLISHED * blocks.abs().amax(1)[:, None]
+    values = torch.tensor(PUBLISHED) * blocks.abs().amax(1)[:, None]
     nearest = (blocks[:, :, None] - values[:, None]).abs().amin(2)
     torch.testing.assert_close((decoded - blocks).abs(), nearest)
     assert layer.weight.nbytes == before.numel() / 2, "two codes a byte"
-    assert layer.scales.numel() == before.numel() / 64
+    assert layer.scales.numel() == before.numel() / 64 and not layer.weight.requires_grad
 
 
 @pytest.mark.parametrize("folder", [TINY, GOLDEN / "qwen2"], ids=["llama", "with biases"])
 def test_gradients_are_those_of_the_decoded_weights(folder):
-    exact, found = [], []
-    for recompute, gradients in ((0, exact), (0, found), (6, found)):
-        decoder = Decoder.from_pretrained(folder)
-        quantize_nf4(decoder)
-        decoded = {n: m.decoded(torch.float32) for n, m in lora.projections(decoder).items()}
-        if gradients is exact:
-            decoder = Decoder.from_pretrained(folder)
-            for name, weight in decoded.items():
-                decoder.get_submodule(name).weight.data = weight
+    exact, decoder = Decoder.from_pretrained(folder), Decoder.from_pretrained(folder)
+    quantize_nf4(decoder)
+    for name, module in lora.projections(decoder).items():
+        exact.get_submodule(name).weight.data = module.decoded(torch.float32)
+    ids = torch.randint(exact.config.vocab_size, (2, 24), generator=torch.manual_seed(0))
+
+    def gradients(decoder: Decoder, recompute: int = 0) -> list[torch.Tensor]:
         torch.manual_seed(0)
+        lora.remove_lora(decoder)
         parameters = add_lora(decoder.train(), dropout=0.1)
         for p in parameters:
             nn.init.normal_(p, std=0.02)
         decoder.recompute = recompute
-        ids = torch.randint(decoder.config.vocab_size, (2, 24))
         loss = mntp_loss(decoder, ids, ids, (ids % 3 == 0) & (torch.arange(24) > 0))
-        gradients.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
-    assert all(gradient.any() for gradient in exact[0])
-    for gradients in found:
-        torch.testing.assert_close(gradients, exact[0], atol=1e-6, rtol=1e-5)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    expected = gradients(exact)
+    assert all(gradient.any() for gradient in expected)
+    for recompute in (0, 6):
+        found = gradients(decoder, recompute)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_step_keeps_no_decoded_weight_for_its_backward_pass():
-    decoder, kept = Decoder.from_pretrained(TINY), []
+    decoder, kept = tiny(1).decoder, []
     quantize_nf4(decoder)
     add_lora(decoder.train())
     layer, x = decoder.layers[0].mlp.up_proj, torch.randn(3, decoder.config.hidden_size)
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x.requires_grad_()).sum()
-    assert kept and max(kept) < layer.weight.nbytes, "not even the codes, which the module has"
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda saved: saved):
+        layer(x.requires_grad_())
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept]
+    assert sizes and max(sizes) < layer.weight.nbytes, "not even the codes, which the module has"
 
 
 def test_an_adapter_is_merged_into_the_weights_as_they_were_and_never_into_4_bits(tmp_path):
@@ -88,10 +84,8 @@ def test_an_adapter_is_merged_into_the_weights_as_they_were_and_never_into_4_bit
         nn.init.normal_(p, std=0.02)
     save_adapter(model.decoder, tmp_path / "adapter")
     refused("4-bit weights take no adapter", merge_lora, model.decoder)
-    assert lora.adapted(model.decoder), "the model is as it was"
     refused("adapters are not merged", model.save, tmp_path / "encoder")
     assert not (tmp_path / "encoder").exists()
-
     module = whole.layers[1].mlp.up_proj
     before = module.weight.clone()
     load_adapter(whole, tmp_path / "adapter")
@@ -100,15 +94,8 @@ def test_an_adapter_is_merged_into_the_weights_as_they_were_and_never_into_4_bit
     torch.testing.assert_close(module.weight, before + delta)
 
 
-def test_what_is_stored_in_4_bits_is_frozen():
-    decoder = small_decoder(hidden_size=64)
-    quantize_nf4(decoder)
-    assert decoder.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    assert not any(p.requires_grad for p in decoder.parameters())
-
-
 def test_what_does_not_fit_is_refused():
-    refused("layers.0 has 1020 numbers, not blocks of 64", quantized, nn.Linear(30, 34))
+    refused("layers.0 .*64", quantized, nn.Linear(30, 34))
     decoder = small_decoder()
     add_lora(decoder, rank=2)
     refused("merge_lora first", quantize_nf4, decoder)
@@ -126,5 +113,5 @@ def test_stages_train_on_it_and_export_whole_weights(command):
     exported = load_file("simcse/encoder/model.safetensors")
     merged = LLM2Vec.from_pretrained(TINY, ["mntp", "simcse"]).decoder.state_dict()
     assert all(torch.equal(exported[f"model.{name}"], w) for name, w in merged.items())
-    simcse.remove("--quantize"), simcse.remove("nf4")
-    assert command(*simcse)[0] == 2, "a run with other settings"
+    plain = [flag for flag in simcse if flag not in ("--quantize", "nf4")]
+    assert command(*plain)[0] == 2, "a run with other settings"

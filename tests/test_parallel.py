@@ -12,15 +12,13 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, log_of, refused
+from helpers import TINY, log_of, refused
 from safetensors.torch import load_file
 
 import llm2vec
 import train
 from llm2vec import LLM2Vec
 from llm2vec_data import encode as files
-from llm2vec_data.corpus import WIKIPEDIA, read_documents
-from llm2vec_data.pairs import PAIRS, read_pairs
 from train import STAGES
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -30,8 +28,7 @@ def go(folder: Path, stage: str, steps: int, max_tokens: int, batch: int) -> Non
     """A stage without dropout, whose random numbers differ with the number of processes."""
     how = {"steps": steps, "max_tokens": max_tokens, "batch": batch, "length": 24, "lr": 1e-4}
     how |= {"dropout": 0.0, "attention_dropout": 0.0, "save_every": 5, "warm_up": 10}
-    data = read_pairs([PAIRS]) if stage == "supervised" else read_documents(WIKIPEDIA)[:150]
-    helpers.go(stage, folder, None, data, **how)
+    helpers.go(stage, folder, **how)
 
 
 # Shares are unequal, or the second process has none; in one pass, or in parts of 60 tokens.
@@ -44,14 +41,14 @@ def torchrun(*args: object) -> subprocess.Popen:
     return subprocess.Popen([*TORCHRUN, *map(str, args)], **how)
 
 
-def finish(job: subprocess.Popen) -> None:
-    _, errors = job.communicate(timeout=240)
-    assert job.returncode == 0, errors[-2000:]
-
-
-def newest(folder: Path) -> int:
-    """The step of the newest state in a run folder, 0 if there is none."""
-    return max((int(f.stem[6:]) for f in folder.glob("state-*.safetensors")), default=0)
+def wait_for(job: subprocess.Popen, folder: Path, step: int) -> int:
+    """Wait until a job has saved a state of that step or a later one; returns the step."""
+    deadline, saved = time.monotonic() + 240, -1
+    while saved < step and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        saved = max((int(file.stem[6:]) for file in folder.glob("state-*")), default=-1)
+    assert saved >= step, job.communicate(timeout=60)
+    return saved
 
 
 @pytest.mark.slow
@@ -59,7 +56,8 @@ def test_two_processes_reach_the_adapters_of_one(tmp_path):
     job = torchrun(__file__, tmp_path, json.dumps(RUNS))
     for stage, steps, _, batch in RUNS[::2]:
         go(tmp_path / f"{stage}-{batch}", stage, steps, 8192, batch)
-    finish(job)
+    _, errors = job.communicate(timeout=240)
+    assert job.returncode == 0, errors[-2000:]
     for run in RUNS:
         stage, steps, _, batch = run
         folders = tmp_path / f"{stage}-{batch}", tmp_path / f"both-{tuple(run)}"
@@ -75,55 +73,37 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
     run = ("mntp", 4000, 8192, 7)
     folder, args = tmp_path / f"both-{run}", (__file__, tmp_path, json.dumps([run]))
     job = torchrun(*args)
-    deadline = time.monotonic() + 240
-    while newest(folder) == 0 and time.monotonic() < deadline:
-        time.sleep(0.1)
+    saved = wait_for(job, folder, 0)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     workers = [c for c in children if b"parallel.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, errors = job.communicate(timeout=60)
     assert job.returncode != 0 and ("SIGKILL" in errors or "Signal 9" in errors)
-    saved = newest(folder)
     again = torchrun(*args)
-    while newest(folder) < saved + 50 and again.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(again, folder, saved + 100)
     again.terminate()
-    _, errors = again.communicate(timeout=60)
+    again.communicate(timeout=60)
     steps = [line["step"] for line in log_of(folder)]
-    assert newest(folder) >= saved + 50 and steps == list(range(40, steps[-1] + 1, 40)), errors
-
-
-def assert_joined(folder: Path, encoder: LLM2Vec, texts: list[str], processes: int) -> None:
-    parts = sorted(folder.glob(f"v-*-of-{processes:05d}.npy"))
-    assert len(parts) == processes and len(list(folder.iterdir())) == 1 + processes
-    joined = np.concatenate([np.load(part) for part in parts])
-    np.testing.assert_allclose(joined, encoder.encode(texts), atol=1e-5)
+    assert steps == list(range(40, steps[-1] + 1, 40))
 
 
 def test_parts_of_a_file_joined_are_the_file_of_one_process(encoder, tmp_path, monkeypatch):
     """Even where there are more processes than texts."""
-    (tmp_path / "texts.txt").write_text("Text one.\nAnd a second one.")
+    texts, parts = ["Text one.", "And a second one."], []
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
     monkeypatch.setattr(files, "WORLD_SIZE", 3)
     for rank in range(3):
         monkeypatch.setattr(files, "RANK", rank)
         files.encode_file(encoder, str(tmp_path / "texts.txt"), str(tmp_path / "v.npy"))
-    assert_joined(tmp_path, encoder, ["Text one.", "And a second one."], 3)
-
-
-@pytest.mark.slow
-def test_real_processes_write_the_parts_of_a_file(encoder, tmp_path):
-    texts = [f"Text number {i}" for i in range(23)]
-    (tmp_path / "texts.txt").write_text("\n".join(texts))
-    args = ("--model", TINY, "--input", tmp_path / "texts.txt", "--output", tmp_path / "v.npy")
-    job = torchrun(ROOT / "llm2vec.py", "encode", *args)
-    finish(job)
-    assert_joined(tmp_path, encoder, texts, 2)
+        parts.append(np.load(tmp_path / f"v-0000{rank}-of-00003.npy"))
+    assert len(list(tmp_path.iterdir())) == 1 + 3
+    np.testing.assert_allclose(np.concatenate(parts), encoder.encode(texts), atol=1e-5)
 
 
 def test_a_part_with_a_bad_line_is_named_and_not_written(encoder, tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_bytes(b"one\ntwo\nthree\n\xff\n")
-    args = [encoder, str(tmp_path / "texts.txt"), str(tmp_path / "v.npy")]
+    args = encoder, str(tmp_path / "texts.txt"), str(tmp_path / "v.npy")
     monkeypatch.setattr(files, "WORLD_SIZE", 2)
     files.encode_file(*args)
     monkeypatch.setattr(files, "RANK", 1)
@@ -141,10 +121,9 @@ def test_each_process_loads_its_model_onto_its_own_gpu(monkeypatch):
     monkeypatch.setattr(LLM2Vec, "to", lambda model, device: model)
     for device in (None, "cuda", "cuda:1", "cpu"):
         LLM2Vec.from_pretrained(TINY, device=device, dtype=torch.bfloat16)
-    assert loaded == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
     monkeypatch.delenv("LOCAL_RANK")
     LLM2Vec.from_pretrained(TINY, device="cuda", dtype=torch.bfloat16)
-    assert loaded[-1] == "cuda:0", "that of a process alone"
+    assert loaded == ["cuda:3", "cuda:3", "cuda:1", "cpu", "cuda:0"]
 
 
 def test_only_stages_are_shared_out(command, monkeypatch):

@@ -11,11 +11,12 @@ import pytest
 from helpers import ROOT, python
 
 FILES = [ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "tests" / "README.md"]
-TEXT, *OTHERS = (file.read_text(encoding="utf-8") for file in FILES)
-SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join([TEXT, *OTHERS]), re.DOTALL))
+TEXT = "\n".join(file.read_text(encoding="utf-8") for file in FILES)
+SHELL, PYTHON, DIFFS = (
+    re.findall(rf"```{kind}\n(.*?)\n```", TEXT, re.DOTALL) for kind in ("bash", "python", "diff")
+)
 OURS = r"python (?:-m )?(?:train|llm2vec|data)[\w./]*.*|torchrun .*"
-COMMANDS = [line.strip() for line in re.findall(rf"^\s*({OURS})$", SHELL, re.MULTILINE)]
-DIFFS = re.findall(r"```diff\n(.*?)\n```", "\n".join([TEXT, *OTHERS]), re.DOTALL)
+COMMANDS = re.findall(rf"^\s*({OURS})$", "\n".join(SHELL), re.MULTILINE)
 
 
 class Parsed(BaseException):
@@ -25,8 +26,8 @@ class Parsed(BaseException):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_has_flags_that_are_there(line, monkeypatch):
-    words = shlex.split(line, comments=True)
-    words = [word for word in words[1:] if not word.startswith("--nproc")]
+    _, *words = shlex.split(line, comments=True)
+    words = [word for word in words if not word.startswith("--nproc")]
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args):
@@ -35,19 +36,19 @@ def test_every_command_has_flags_that_are_there(line, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     monkeypatch.syspath_prepend(ROOT)
-    as_module = words[0] == "-m"
-    start = runpy.run_module if as_module else runpy.run_path
-    name, *args = words[as_module:]
-    monkeypatch.setattr(sys, "argv", [name, *args])
+    monkeypatch.chdir(ROOT)
+    start = runpy.run_path
+    if words[0] == "-m":
+        start, words = runpy.run_module, words[1:]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(Parsed):
-        start(name if as_module else str(ROOT / name), run_name="__main__")
+        start(words[0], run_name="__main__")
 
 
 def test_every_python_example_runs():
     """One behind the other, in one process."""
-    code = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
-    done = python("-c", code)
-    assert code and done.returncode == 0, done.stderr
+    done = python("-c", "\n".join(PYTHON))
+    assert PYTHON and done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -64,6 +65,5 @@ def test_every_hack_runs_as_it_stands(diff, tmp_path):
         code = (tmp_path / name).read_text()
         assert code.count(old) == 1, "the place that it changes is there"
         (tmp_path / name).write_text(code.replace(old, new))
-    args = ["--steps", 2, "--dtype", "float32", "--output", "out"]
-    done = python("train.py", *args, cwd=tmp_path)
+    done = python("train.py", "--steps", 2, "--dtype", "float32", cwd=tmp_path)
     assert done.returncode == 0 and "| + simcse" in done.stdout, done.stderr

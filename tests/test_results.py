@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DOCUMENTS, ROOT, TINY, refused, spoil
+from helpers import DOCUMENTS, ROOT, TINY, refused
 
 from llm2vec_data import benchmarks, compare, results
 
@@ -25,11 +25,14 @@ It ends at <!--= tiny | + simcse | stsb-test -->.711, at most <!--= tiny | + sim
 """  # noqa: E501
 
 
+def write_results(file: Path, rows: dict) -> None:
+    file.write_text(json.dumps({"runs": [{"command": "", "weights": {}, "rows": rows}]}))
+
+
 @pytest.fixture
 def measured(tmp_path):
     """A folder with a results file."""
-    run = {"command": "python train.py", "weights": {}, "rows": ROWS}
-    (tmp_path / "tiny.json").write_text(json.dumps({"runs": [run]}))
+    write_results(tmp_path / "tiny.json", ROWS)
     return tmp_path
 
 
@@ -55,8 +58,7 @@ def test_a_changed_digit_is_found_and_mended(measured, right, wrong, line, diffe
 
 
 def test_the_table_as_it_is_printed_and_rows_of_one_file(measured):
-    other = {"command": "", "weights": {}, "rows": {"+ simcse": [{"stsb-test": 0.5}]}}
-    (measured / "other.json").write_text(json.dumps({"runs": [other]}))
+    write_results(measured / "other.json", {"+ simcse": [{"stsb-test": 0.5}]})
     mark = {"files": ["tiny", "other"], "printed": True, "rows": ["+ simcse"]}
     printed = compare.table(compare.over_seeds({"+ simcse": SEEDS}))
     assert results.make_table(mark, measured) == f"```\n{printed}\n```\n"
@@ -83,10 +85,10 @@ def test_a_picture_that_lacks_a_number_is_told_and_drawn(measured, monkeypatch):
         ('"tiny"', '"none"', "line 4: .*none.json"),
         ('["+ simcse",', '["+ mntp",', r"line 4: tiny: no row '\+ mntp'"),
         ('"POS":', '"NER":', "line 4: tiny: .*'NER'"),
-        ('"columns"', '"column"', "line 4: expected files, columns or printed"),
+        ('"columns"', '"column"', "line 4: .*columns"),
         ('"Tiny",', '"Tiny"', "line 4: "),
         ("<!-- end -->", "", "line 2: "),
-        ("tiny | + simcse | stsb-test -->", "tiny | + simcse -->", "line 9: .*expected FILE"),
+        ("tiny | + simcse | stsb-test -->", "tiny | + simcse -->", "line 9: "),
         ("| highest", "| most", "line 9: .*highest"),
         ("| stsb-test -->", "| POS -->", "line 9: .*'POS'"),
     ],
@@ -95,11 +97,12 @@ def test_a_mark_that_names_nothing_is_told_with_its_line(measured, old, new, sai
     refused(f"page, {said}", results.rewrite, "page", PAGE.replace(old, new, 1), measured)
 
 
-def test_check_lists_and_changes_nothing(measured, monkeypatch, command):
-    monkeypatch.setattr(results, "ROOT", measured)
-    (measured / "data" / "results").mkdir(parents=True)
-    (measured / "tiny.json").rename(measured / "data" / "results" / "tiny.json")
-    page, wrong = measured / "README.md", PAGE.replace(".711,", ".811,")
+def test_check_lists_and_changes_nothing(tmp_path, monkeypatch, command):
+    folder = tmp_path / "data" / "results"
+    folder.mkdir(parents=True)
+    write_results(folder / "tiny.json", ROWS)
+    page, wrong = tmp_path / "README.md", PAGE.replace(".711,", ".811,")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "PAGES", [page.name])
     page.write_text(wrong)
     status, out, _ = command("--check", main=results.main)
@@ -116,8 +119,7 @@ def test_what_a_command_measured_is_read_back_and_added_to(monkeypatch, command,
     monkeypatch.setattr(benchmarks, "held_out_of", lambda _: [])
     Path("corpus.txt").write_text("\n".join(DOCUMENTS))
     small = ["--model", TINY, "--dtype", "float32", "--corpus", "corpus.txt"]
-    status, _, errors = command(*small, "--steps", 1, "--stages", "mntp", "--seeds", 3, 4)
-    assert status == 0, errors
+    assert command(*small, "--steps", 1, "--stages", "mntp", "--seeds", 3, 4)[0] == 0
     file, whole = "runs/tiny/results.json", (TINY / "model.safetensors").read_bytes()
     [run] = compare.read_runs(file)
     assert run["weights"] == {"model.safetensors": hashlib.sha256(whole).hexdigest()}
@@ -126,9 +128,8 @@ def test_what_a_command_measured_is_read_back_and_added_to(monkeypatch, command,
     settings = compare.settings_in("runs/tiny/mntp")
     assert run["settings"] == {"mntp": settings} and settings["code"] == run["code"]
 
-    def score(*flags: str, model: Path = TINY) -> tuple[int, str]:
-        args = ("--model", model, *flags, "--output", file)
-        return command(*args, main=benchmarks.main)[::2]
+    def score(*flags: str, model: Path = TINY) -> tuple[int, str, str]:
+        return command("--model", model, *flags, "--output", file, main=benchmarks.main)
 
     def found() -> dict[str, list]:
         rows = compare.read_results(file)
@@ -141,14 +142,11 @@ def test_what_a_command_measured_is_read_back_and_added_to(monkeypatch, command,
     added = {"+ mntp": [(3, 0.02), (4, 0.04)], UNTRAINED: [(None, 0.05)], "x": [(None, 0.06)]}
     assert found() == plain | added
     before = Path(file).read_text()
-    status, errors = score(model=folder)
-    assert status == 2 and f"{file}: has the scores of other weights" in errors
-    assert Path(file).read_text() == before
+    status, _, errors = score(model=folder)
+    assert status == 2 and file in errors and Path(file).read_text() == before
 
 
-@pytest.mark.parametrize(
-    "content", [{}, {"runs": 3}, {"runs": [{"rows": {}}]}, {"causal": {"STS": 1}}]
-)
-def test_another_file_is_refused(measured, content):
-    spoil(measured / "tiny.json", lambda old: old.clear(), **content)
-    refused("tiny.json: .*no results file", compare.read_results, measured / "tiny.json")
+def test_another_file_is_refused(tmp_path):
+    for content in ({}, {"runs": 3}, {"runs": [{"rows": {}}]}, {"causal": {"STS": 1}}):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        refused("a.json", compare.read_results, tmp_path / "a.json")
