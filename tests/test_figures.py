@@ -159,7 +159,7 @@ def test_bars_are_as_long_as_scores_are_high(draw, tmp_path):
     several = "0.400 (0.300 to 0.500)"
     assert said == ["causal", "0.200", "<both> $x$", several, "bad", "-0.100", "sts"]
     bars = re.findall(r'd="M (\S+) \S+ \nL (\S+) [^>]*fill: #\w+; stroke', drawn)
-    assert [float(x1) - float(x) for x, x1 in bars] == [190, 380, 2]
+    assert [float(x1) - float(x) for x, x1 in bars] == [120, 240, 2]
     refused("results.json: no row has the score sts12", draw, "bars", table, "--score", "sts12")
 
 
