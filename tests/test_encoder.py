@@ -263,6 +263,8 @@ def test_what_starts_every_text_starts_it_once(tmp_path, mistral):
     asked = load_tokenizer(TINY, "one-word").encode("a").ids
     assert load_tokenizer(tmp_path, "one-word").encode("a").ids == asked
     assert asked[:2] == plain.encode("Sentence").ids[:2] and asked.count(0) == 1
+    marked = load_tokenizer(TINY, ("", " <|endoftext|>")).encode("a").ids  # without its space
+    assert marked == plain.encode("a").ids[1:] + [0]
     llama_like = load_tokenizer(mistral, "one-word").encode("a").tokens  # whose BOS stays
     assert llama_like[:2] == ["<s>", "▁S"]
 
