@@ -262,6 +262,7 @@ def test_a_batch_that_fits_is_encoded_once_and_a_larger_or_shared_one_in_parts(m
         assert tokens == 48 and [len(part) for part in parts] == sizes
         shares += sum(parts, [])
     assert sorted(shares) == list(range(6)), "each row once"
+    refused("nothing to train on", train.Batches, [[]], Settings())
 
 
 # --- What is kept of a run ---------------------------------------------------------------------

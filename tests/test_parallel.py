@@ -46,7 +46,7 @@ def wait_for(job: subprocess.Popen, folder: Path, step: int) -> int:
     deadline, saved = time.monotonic() + 240, -1
     while saved < step and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-        saved = max((int(file.stem[6:]) for file in folder.glob("state-*")), default=-1)
+        saved = max((int(file.stem[6:]) for file in folder.glob("state-*.safetensors")), default=-1)
     assert saved >= step, job.communicate(timeout=60)
     return saved
 

@@ -61,8 +61,9 @@ def test_a_run_that_is_given_as_an_adapter_says_how_it_was_trained(tmp_path):
 
 def test_a_letter_that_can_not_be_shown_loses_no_result(tmp_path):
     run, env = tmp_path / "汉字", os.environ | {"PYTHONIOENCODING": "ascii"}
-    args = ["simcse", "--model", TINY, "--preset", "tiny", "--steps", 1, "--batch", 2]
-    done = python("train.py", *args, "--output", run, env=env, text=False)
+    (tmp_path / "corpus.txt").write_text("One text.\nAnother text.\n")
+    args = ["simcse", "--model", TINY, "--preset", "tiny", "--steps", 1, "--output", run]
+    done = python("train.py", *args, "--corpus", tmp_path / "corpus.txt", env=env, text=False)
     assert done.returncode == 0, done.stderr
     assert (run / "encoder" / "config.json").exists() and b"\\u6c49" in done.stdout
 
