@@ -285,8 +285,8 @@ def kept(x: Tensor, p: float) -> Tensor:
 # be stored coarsely. A block of 64 numbers has one float32, its largest absolute value (absmax); a
 # number is absmax times one of 16 values in a table, and its 4-bit code is the position there. A
 # matrix is decoded to be multiplied, in the forward pass and again in the backward pass. With its
-# part of absmax, a weight takes 4.5 bits instead of 16. The adapters adapt to the rounding;
-# after training, they are merged into the original weights.
+# part of absmax, a weight takes 4.5 bits instead of 16. The adapters are trained with this
+# rounding; after training, they are merged into the original weights.
 
 BLOCK = 64
 
